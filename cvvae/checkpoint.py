@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from . import keys
 from .config import LEVELS, Config
 from .keys import State
-from .model import Decoder, Encoder
 from .vae import Autoencoder, ImageVAE, VideoVAE
 
 BUILT_IN = Path(__file__).parent / "weights"
@@ -45,7 +44,7 @@ def load(source: Source, dtype: torch.dtype = torch.float32, device: str | torch
     Variant, widths and latent channels are read off the tensors.  Raises CheckpointError or
     FileNotFoundError.
     """
-    state, metadata, where = _read(source, {"tiny": BUILT_IN / "tiny.safetensors"})
+    state, where = _read(source, {"tiny": BUILT_IN / "tiny.safetensors"})
     state = _autoencoder_part(state, where)
     _refuse_strangers(state, where)
     if state["encoder.conv_in.weight"].ndim == 4:
@@ -59,7 +58,7 @@ def load(source: Source, dtype: torch.dtype = torch.float32, device: str | torch
         variant = "v1"
     else:
         variant = "sd3"
-    return _build(VideoVAE, variant, state, metadata, where, dtype, device, ops)
+    return _build(VideoVAE, variant, state, where, dtype, device, ops)
 
 
 def load_image_vae(source: Source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> ImageVAE:
@@ -68,14 +67,14 @@ def load_image_vae(source: Source, dtype: torch.dtype = torch.float32, device: s
     Arguments and errors as :func:`load`; "tiny" is the built-in one.  ``quant_conv`` and
     ``post_quant_conv`` are folded into their neighbours.
     """
-    state, metadata, where = _read(source, {"tiny": BUILT_IN / "tiny_image.safetensors"})
+    state, where = _read(source, {"tiny": BUILT_IN / "tiny_image.safetensors"})
     state = _autoencoder_part(state, where)
     _refuse_strangers(state, where)
     if state["encoder.conv_in.weight"].ndim == 5:
         raise CheckpointError(f"{where} is a video VAE (its kernels are 3-D), not an image VAE. "
                               "Load it with cvvae.load; an image VAE is, for example, SD's vae-ft-mse-840000.")
     state = _fold_quant_convs(keys.canonical(state), where)
-    return _build(ImageVAE, "image", state, metadata, where, dtype, device, nn)
+    return _build(ImageVAE, "image", state, where, dtype, device, nn)
 
 
 def save(vae: Autoencoder, path: str | os.PathLike, dtype: torch.dtype | None = None, metadata: dict | None = None) -> None:
@@ -84,7 +83,7 @@ def save(vae: Autoencoder, path: str | os.PathLike, dtype: torch.dtype | None = 
     dtype: of the stored tensors; by default the model's.  metadata: JSON-ready facts kept in the header.
     The file appears under its name only when whole.
     """
-    state = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    state = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
              for name, tensor in keys.published(vae.state_dict(), vae.config.variant).items()}
     header = {"format": "pt", "cvvae": json.dumps({"config": vae.config.describe()} | (metadata or {}))}
     write_whole(path, lambda partial: save_file(state, partial, header))
@@ -112,12 +111,12 @@ def read_metadata(path: str | os.PathLike) -> dict:
 # -- reading files -----------------------------------------------------------------------------------
 
 
-def _read(source: Source, built_in: dict[str, Path]) -> tuple[State, dict, str]:
-    """Tensors, metadata, and what to call the source in messages."""
+def _read(source: Source, built_in: dict[str, Path]) -> tuple[State, str]:
+    """Tensors, and what to call the source in messages."""
     if isinstance(source, dict):
         if not source or not all(isinstance(tensor, Tensor) for tensor in source.values()):
             raise CheckpointError("The state dict is empty or holds values that are not tensors.")
-        return source, {}, "The state dict"
+        return dict(source), "The state dict"
     if not isinstance(source, (str, os.PathLike)):
         raise CheckpointError(f"Expected a path, 'tiny' or a state dict, found {type(source).__name__}.")
     path = built_in.get(str(source), Path(source))
@@ -131,11 +130,11 @@ def _read(source: Source, built_in: dict[str, Path]) -> tuple[State, dict, str]:
     _refuse_other_formats(path)
     if path.suffix in SAFETENSORS:
         with _opened(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, _own_metadata(file.metadata()), str(path)
-    return _read_pickle(path), {}, str(path)
+            return {name: file.get_tensor(name) for name in file.keys()}, str(path)
+    return _read_pickle(path), str(path)
 
 
-def _read_folder(folder: Path) -> tuple[State, dict, str]:
+def _read_folder(folder: Path) -> tuple[State, str]:
     """A diffusers folder: config.json beside the weights, itself or in a ``vae`` subfolder."""
     if not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists():
         folder = folder / "vae"
@@ -143,7 +142,7 @@ def _read_folder(folder: Path) -> tuple[State, dict, str]:
     weights.sort(key=lambda path: path.suffix not in SAFETENSORS)  # stable: safetensors before pickles
     if not weights:
         raise CheckpointError(f"{folder} holds no weights: expected a .safetensors file beside config.json.")
-    state, metadata, _ = _read(weights[0], {})
+    state, _ = _read(weights[0], {})
     config = folder / "config.json"
     if config.exists():
         try:
@@ -151,8 +150,8 @@ def _read_folder(folder: Path) -> tuple[State, dict, str]:
         except (json.JSONDecodeError, AttributeError) as error:
             raise CheckpointError(f"{config} is not a JSON object ({error}); download it again.") from None
         if groups is not None:
-            metadata = {"config": {"norm_groups": groups}} | metadata
-    return state, metadata, str(folder)
+            state["norm_groups"] = torch.tensor(groups)
+    return state, str(folder)
 
 
 def _refuse_other_formats(path: Path) -> None:
@@ -161,7 +160,8 @@ def _refuse_other_formats(path: Path) -> None:
         head = file.read(512)
     if not head:
         raise CheckpointError(f"{path} is empty; download it again.")
-    if head.lstrip()[:1] == b"<":
+    # A safetensors file starts with 8 bytes of header length, which may spell "<", and then "{".
+    if head.lstrip()[:1] == b"<" and head[8:9] != b"{":
         raise CheckpointError(f"{path} is a web page, not weights: the download fetched the site's page (a login or an "
                               "error) instead of the file. Download it again with the site's download button.")
     if head.startswith(b"version https://git-lfs"):
@@ -201,8 +201,9 @@ def _read_pickle(path: Path) -> State:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors, so it was not opened: nothing in it was executed. Use the "
                               f".safetensors of the same model. ({str(error).splitlines()[0]})") from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({str(error).splitlines()[0]}). Download it again.") from None
+    except Exception as error:  # the unpickler trips over damaged bytes in many ways: IndexError, UnicodeDecodeError, ...
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is truncated or damaged ({what}). Download it again.") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
@@ -293,11 +294,12 @@ def _expect(fits: bool, where: str, name: str, found: Tensor, channels: int) -> 
 # -- building ----------------------------------------------------------------------------------------
 
 
-def _build(kind: type, variant: str, state: State, metadata: dict, where: str, dtype, device, ops):
-    config = _read_config(variant, state, metadata, where)
+def _build(kind: type, variant: str, state: State, where: str, dtype, device, ops):
+    config = _read_config(variant, state, where)
+    if config.norm_groups == Config.norm_groups:
+        state.pop("norm_groups", None)  # a config.json may say it; the model stores only other numbers
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in
-                    nn.ModuleDict({"encoder": Encoder(config), "decoder": Decoder(config)}).state_dict().items()}
+        expected = {name: tensor.shape for name, tensor in Autoencoder(config).state_dict().items()}
     _compare(state, expected, where)
     with torch.device(device):
         vae = kind(config, ops)
@@ -306,7 +308,7 @@ def _build(kind: type, variant: str, state: State, metadata: dict, where: str, d
     return vae
 
 
-def _read_config(variant: str, state: State, metadata: dict, where: str) -> Config:
+def _read_config(variant: str, state: State, where: str) -> Config:
     levels = {name.split(".")[2] for name in state if name.startswith("encoder.down.")}
     if levels != {str(i) for i in range(LEVELS)}:
         raise CheckpointError(f"{where} has {len(levels)} resolution levels, expected {LEVELS} (8x8 compression).")
@@ -316,10 +318,10 @@ def _read_config(variant: str, state: State, metadata: dict, where: str) -> Conf
     if missing:
         raise CheckpointError(f"{where} misses {', '.join(missing)}.")
     widths = tuple(state[name].shape[0] for name in first_convs)
-    groups = metadata.get("config", {}).get("norm_groups", Config.norm_groups)
+    groups = int(state["norm_groups"]) if "norm_groups" in state else Config.norm_groups
     if any(width % groups for width in widths):
-        raise CheckpointError(f"{where} has widths {widths}, expected multiples of {groups} (group norms have {groups} groups; "
-                              "another number is read from a diffusers folder's config.json).")
+        raise CheckpointError(f"{where} has widths {widths}, expected multiples of {groups}: group norms have {groups} "
+                              "groups, unless a diffusers folder's config.json says otherwise.")
     return Config(variant, state["decoder.conv_in.weight"].shape[1], widths, blocks, groups)
 
 
@@ -332,7 +334,8 @@ def _compare(state: State, expected: dict[str, torch.Size], where: str) -> None:
     wrong = [f"{name} {list(state[name].shape)} (expected {list(expected[name])})"
              for name in expected if name in state and state[name].shape != expected[name]]
     kinds = [f"{name} {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in state.items()
-             if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
+             if name != "norm_groups"
+             and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
     problems = [f"{title}: {listed(names)}" for title, names in
                 (("missing", missing), ("unknown", unknown), ("wrong shape", wrong), ("unsupported dtype", kinds)) if names]
     if problems:

@@ -38,7 +38,7 @@ class Config:
     latent_channels: int
     widths: tuple[int, ...]  # channels per level, full resolution first
     blocks: int  # residual blocks per encoder level; decoder levels have one more
-    norm_groups: int = 32  # not visible in the tensors; 32 in every published model
+    norm_groups: int = 32  # in every published model; others store it, see vae.Autoencoder
 
     @property
     def conventions(self) -> Conventions:

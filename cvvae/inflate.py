@@ -38,9 +38,11 @@ def inflate(image_vae: ImageVAE) -> VideoVAE:
 
 def _inflated(name: str, source: Tensor, shape: torch.Size) -> Tensor:
     """Spread a 2-D layer's tensor over the shape of its 3-D counterpart."""
+    if source.shape == shape:
+        return source
     if shape[0] == 2 * source.shape[0]:  # a temporal up-sampler: one copy for each frame it unfolds into
         source = torch.cat([source, source])
-    if source.shape == shape:
+    if source.ndim == 1:
         return source
     kernel = source.new_zeros(shape)
     taps = shape[2]

@@ -24,6 +24,9 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config, ops)
         self.decoder = Decoder(config, ops)
+        if config.norm_groups != Config.norm_groups:
+            # Nothing else in the tensors tells it, and a bare state dict must be enough to load a model.
+            self.register_buffer("norm_groups", torch.tensor(config.norm_groups))
         self.eval()
 
     @property
@@ -133,6 +136,7 @@ class VideoVAE(Autoencoder):
 
     def reconstruct(self, clip: Tensor, mode: str = "video") -> Tensor:
         """Encode (posterior mode) and decode: a clip of the same shape."""
+        _check(clip, 5, 3, "a clip [B, 3, T, H, W]")
         *_, frames, height, width = clip.shape
         return self.decode(self.encode(clip, mode).mode(), frames, (height, width), mode)
 
@@ -164,7 +168,9 @@ class VideoVAE(Autoencoder):
         """
         window = latents_of(self.tiling.window_frames) if self.tiling and self.tiling.window_frames else None
         held, before = None, 0
+        channels = self.config.latent_channels
         for part in parts:
+            _check(part, 5, channels, f"a part of latents [1, {channels}, k, h, w]")
             held = part if held is None else torch.cat([held, part], dim=2)
             while window is not None and held.shape[2] > window:
                 yield self._decode_whole_window(held[:, :, :window], progress)[:, :, before:]
@@ -177,11 +183,11 @@ class VideoVAE(Autoencoder):
         _check_size(*frames.shape[-2:])
         h, w = (padded_size(pixels) // SPACE_FACTOR for pixels in frames.shape[-2:])
         moments = self.encode_window(frames, make_plan(1, h, w, self.tiling).tiles, progress or (lambda: None))
-        return Posterior(moments).mode().to(frames.device)
+        return Posterior(moments).mode().to(frames.device, self.dtype)
 
     def _decode_whole_window(self, latents: Tensor, progress: Callable[[], None] | None) -> Tensor:
         tiles = make_plan(1, *latents.shape[-2:], self.tiling).tiles
-        return self.decode_window(latents, tiles, progress or (lambda: None)).to(latents.device)
+        return self.decode_window(latents, tiles, progress or (lambda: None)).to(latents.device, self.dtype)
 
     def encode_window(self, frames: Tensor, tiles: list[Tile], step: Callable[[], None],
                       device: torch.device | None = None) -> Tensor:

@@ -1,0 +1,7 @@
+"""``python -m cvvae``: see ``cli.py``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The regularized finetune: any image VAE becomes a video VAE with a compatible latent space."""
