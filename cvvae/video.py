@@ -124,7 +124,7 @@ class VideoWriter:
         frame.time_base = self._stream.codec_context.time_base
         frame.pts = round(time / frame.time_base)
         self._written += 1
-        self._container.mux(self._stream.encode(frame))
+        self._mux(self._stream.encode(frame))
         if self._audio:
             self._audio.copy_until(time)
 
@@ -134,15 +134,22 @@ class VideoWriter:
         # 4:2:0 halves the sides, so odd sizes keep their pixels only in 4:4:4.
         stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
         stream.options = {"crf": "14", "preset": "medium"}
-        # Fine enough to keep the frame times of variable-rate clips; 90 kHz is MPEG's own clock.
-        stream.codec_context.time_base = Fraction(1, 90000)
+        # A whole number of ticks per frame at a constant rate, and at least 10,000 a second for variable rates.
+        ticks = self.fps.numerator * -(-10_000 // self.fps.numerator)
+        stream.codec_context.time_base = Fraction(1, ticks)
         return stream
+
+    def _mux(self, packets) -> None:
+        for packet in packets:
+            # Only the last frame's duration is not the distance to the next one; without it the rate comes out wrong.
+            packet.duration = round(1 / self.fps / packet.time_base)
+            self._container.mux(packet)
 
     def close(self) -> None:
         """Finish the file and give it its name."""
         if self._stream is None:
             raise VideoError(f"{self.path}: no frame was written.")
-        self._container.mux(self._stream.encode(None))
+        self._mux(self._stream.encode(None))
         if self._audio:
             self._audio.copy_until(None)
         self._container.close()

@@ -6,6 +6,7 @@ uninterrupted one would have seen.
 
 import random
 from collections import OrderedDict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..video import VideoError, read_frames, to_clip
+from ..video import VideoError, VideoInfo, probe, read_frames, to_clip
 from .config import Bucket, DataConfig
 
 VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
@@ -21,7 +22,12 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 class ClipData:
-    """Random crops of random stretches of random files, grouped into the buckets' shapes."""
+    """Random crops of random stretches of random files, grouped into the buckets' shapes.
+
+    Short files are decoded once and kept up to ``cache_gb``; of long ones only the stretch is read.
+    """
+
+    CACHED_FRAMES = 300  # a file with more is not held whole
 
     def __init__(self, config: DataConfig, seed: int):
         self.config = config
@@ -39,6 +45,7 @@ class ClipData:
         if not self.videos and any(bucket.frames > 1 for bucket in config.buckets):
             raise ValueError("A bucket asks for clips, but the sources hold pictures only.")
         self._cache = _FrameCache(config.cache_gb)
+        self._infos: dict[Path, VideoInfo] = {}
 
     def batch(self, step: int) -> Tensor:
         """The clips [B, 3, T, S, S] of ``step``, in [-1, 1]."""
@@ -56,14 +63,26 @@ class ClipData:
         raise ValueError(f"No file found with {bucket.frames} frames of {bucket.size} px in 100 tries.")
 
     def _stretch(self, file: Path, count: int, rng: random.Random) -> np.ndarray | None:
-        stride = rng.randint(1, self.config.max_stride)
-        frames = self._cache.get(file)
-        stride = min(stride, max(1, (len(frames) - 1) // max(1, count - 1)))
-        reach = (count - 1) * stride
-        if len(frames) <= reach:
+        """``count`` frames [T, H, W, 3] of ``file``, 1 .. max_stride apart; None where it is too short."""
+        info = self._info(file)
+        held = None if info.frames > self.CACHED_FRAMES else self._cache.get(file)
+        length = info.frames if held is None else len(held)
+        if length < count:
             return None
-        start = rng.randrange(len(frames) - reach)
-        return frames[start:start + reach + 1:stride]
+        stride = rng.randint(1, self.config.max_stride)
+        if count > 1:
+            stride = min(stride, (length - 1) // (count - 1))
+        reach = (count - 1) * stride + 1
+        start = rng.randrange(length - reach + 1)
+        if held is not None:
+            return held[start:start + reach:stride]
+        read = [frame.pixels for frame in islice(read_frames(file, float(start / info.fps)), reach)]
+        return np.stack(read[::stride]) if len(read) == reach else None
+
+    def _info(self, file: Path) -> VideoInfo:
+        if file not in self._infos:
+            self._infos[file] = probe(file)
+        return self._infos[file]
 
     def validation(self) -> list[tuple[str, Tensor]]:
         """(name, clip [1, 3, T, S, S]) of the held-out files: first frames, short side to S, centre crop."""
@@ -116,8 +135,6 @@ def _crop(frames: np.ndarray, size: int, rng: random.Random) -> Tensor:
 class _FrameCache:
     """Decoded files, the least recently used dropped when over the limit."""
 
-    MAX_FRAMES = 300  # of one file; longer videos are cut to a stretch of this many from their start
-
     def __init__(self, gigabytes: float):
         self.limit = int(gigabytes * 1e9)
         self.held: OrderedDict[Path, np.ndarray] = OrderedDict()
@@ -126,11 +143,7 @@ class _FrameCache:
         if file in self.held:
             self.held.move_to_end(file)
             return self.held[file]
-        frames = []
-        for frame in read_frames(file):
-            frames.append(frame.pixels)
-            if len(frames) == self.MAX_FRAMES:
-                break
+        frames = [frame.pixels for frame in read_frames(file)]
         if not frames:
             raise VideoError(f"{file} holds no frame that can be decoded.")
         self.held[file] = np.stack(frames)
