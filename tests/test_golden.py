@@ -1,0 +1,52 @@
+"""The numbers and layouts of the reference implementation."""
+
+import importlib.util
+import json
+
+import pytest
+from compare import distance
+from random_weights import video_shapes
+from safetensors import safe_open
+
+import cvvae
+
+CASES = ["v1_w32_t1_64x64", "v1_w32_t5_64x48", "v1_w32_t17_64x64", "v1_w32_t33_32x48", "v1_w32_t41_32x32",
+         "v1_w32_t5_240x200_tile144", "v1_w128_t5_32x32", "sd3_w32_t1_64x64", "sd3_w32_t17_64x48",
+         "sd3_w32_t33_32x48", "sd3_w32_t5_240x200_tile144", "sd3_w128_t5_32x32"]
+
+
+@pytest.fixture(scope="module")
+def recipe(golden):
+    spec = importlib.util.spec_from_file_location("golden_recipe", golden / "recipe.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def cases(golden):
+    return {case["name"]: case for case in json.loads((golden / "golden.json").read_text())}
+
+
+def test_every_case_is_listed(cases):
+    assert sorted(cases) == sorted(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_weights_give_the_same_numbers(name, cases, recipe, golden):
+    case = cases[name]
+    tile = case["tile_pixels"]
+    vae = cvvae.load(recipe.weights(recipe.shapes(case["variant"], case["base_width"]), case["seed"]))
+    vae.tiling = cvvae.Tiling(case["window_frames"], tile, round(tile * case["tile_overlap"] / 8) * 8)
+    posterior = vae.encode(recipe.video(case["frames"], case["height"], case["width"], case["seed"]))
+    found = {"mean": posterior.mean, "logvar": posterior.logvar, "decoded": vae.decode(posterior.mean)}
+    with safe_open(golden / "golden.safetensors", "pt") as file:
+        for kind, tensor in found.items():
+            assert distance(tensor, file.get_tensor(f"{name}.{kind}")) < 1e-4, kind
+
+
+@pytest.mark.parametrize("variant", ["v1", "sd3"])
+def test_full_width_layout_is_the_published_one(variant, golden):
+    published = json.loads((golden / f"keys_{variant}.json").read_text())
+    found = video_shapes(variant, widths=(128, 256, 512, 512), blocks=2)
+    assert {name: list(shape) for name, shape in found.items()} == published
