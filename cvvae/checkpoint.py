@@ -138,20 +138,31 @@ def _read_folder(folder: Path) -> tuple[State, str]:
     """A diffusers folder: config.json beside the weights, itself or in a ``vae`` subfolder."""
     if not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists():
         folder = folder / "vae"
-    weights = [path for path in sorted(folder.iterdir()) if path.suffix in SAFETENSORS + PICKLES]
-    weights.sort(key=lambda path: path.suffix not in SAFETENSORS)  # stable: safetensors before pickles
-    if not weights:
-        raise CheckpointError(f"{folder} holds no weights: expected a .safetensors file beside config.json.")
-    state, _ = _read(weights[0], {})
+    weights = _weights_of(folder)
+    state, _ = _read(weights, {})
     config = folder / "config.json"
     if config.exists():
         try:
-            groups = json.loads(config.read_text(encoding="utf-8")).get("norm_num_groups")
-        except (json.JSONDecodeError, AttributeError) as error:
+            groups = json.loads(config.read_text(encoding="utf-8")).get("norm_num_groups", Config.norm_groups)
+        except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{config} is not a JSON object ({error}); download it again.") from None
-        if groups is not None:
-            state["norm_groups"] = torch.tensor(groups)
+        if type(groups) is not int or groups < 1:
+            raise CheckpointError(f"{config}: norm_num_groups is {groups!r}, expected a whole number, 1 or more.")
+        state["norm_groups"] = torch.tensor(groups)
     return state, str(folder)
+
+
+def _weights_of(folder: Path) -> Path:
+    """The one weight file of a folder: safetensors before pickles, full precision before variants (``.fp16.``)."""
+    for suffixes in (SAFETENSORS, PICKLES):
+        found = sorted((path for path in folder.iterdir() if path.suffix in suffixes), key=lambda path: len(path.suffixes))
+        plain = [path for path in found if len(path.suffixes) == len(found[0].suffixes)]
+        if len(plain) > 1:
+            raise CheckpointError(f"{folder} holds several weight files ({', '.join(path.name for path in plain[:4])}); "
+                                  "name the one to load.")
+        if plain:
+            return plain[0]
+    raise CheckpointError(f"{folder} holds no weights: expected a .safetensors file beside config.json.")
 
 
 def _refuse_other_formats(path: Path) -> None:
@@ -161,7 +172,7 @@ def _refuse_other_formats(path: Path) -> None:
     if not head:
         raise CheckpointError(f"{path} is empty; download it again.")
     # A safetensors file starts with 8 bytes of header length, which may spell "<", and then "{".
-    if head.lstrip()[:1] == b"<" and head[8:9] != b"{":
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<" and head[8:9] != b"{":
         raise CheckpointError(f"{path} is a web page, not weights: the download fetched the site's page (a login or an "
                               "error) instead of the file. Download it again with the site's download button.")
     if head.startswith(b"version https://git-lfs"):
@@ -199,8 +210,8 @@ def _read_pickle(path: Path) -> State:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors, so it was not opened: nothing in it was executed. Use the "
-                              f".safetensors of the same model. ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{path} holds more than tensors or is damaged, so it was not opened: nothing in it was "
+                              f"executed. Use the .safetensors of the same model. ({str(error).splitlines()[0]})") from None
     except Exception as error:  # the unpickler trips over damaged bytes in many ways: IndexError, UnicodeDecodeError, ...
         what = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is truncated or damaged ({what}). Download it again.") from None
@@ -226,7 +237,8 @@ def _autoencoder_part(state: State, where: str) -> State:
     """The tensors under a known prefix if there is one, without those only training needs."""
     for prefix in PREFIXES:
         if f"{prefix}encoder.conv_in.weight" in state:
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()
+                     if name.startswith(prefix) or name == "norm_groups"}
             break
     return {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}
 
@@ -264,7 +276,8 @@ def _fold_quant_convs(state: State, where: str) -> State:
     names = [f"{layer}.{kind}" for layer in ("quant_conv", "post_quant_conv") for kind in ("weight", "bias")]
     found = [name in state for name in names]
     if any(found[:2]) and not all(found[:2]) or any(found[2:]) and not all(found[2:]):
-        raise CheckpointError(f"{where} misses {', '.join(n for n, f in zip(names, found) if not f)}.")
+        missing = [name for name in names if name not in state]
+        raise CheckpointError(f"{where} misses {', '.join(missing)}.")
     latent_channels = state["decoder.conv_in.weight"].shape[1]
     shift = torch.zeros(latent_channels)
     if found[0]:

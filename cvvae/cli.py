@@ -176,7 +176,8 @@ def _peak_memory(device: torch.device) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cvvae", description="CV-VAE: 4x8x8 video latents in an image VAE's space.")
+    parser = argparse.ArgumentParser(prog="python -m cvvae",
+                                     description="CV-VAE: 4x8x8 video latents in an image VAE's space.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, text: str, model: bool = True) -> argparse.ArgumentParser:
@@ -221,6 +222,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model")
     sub.add_argument("clips", nargs="+")
     sub.add_argument("--image-vae", help="also score this image VAE frame by frame, and compatibility with it")
-    sub.add_argument("--frames", type=int, default=17, help="frames taken from the start of each clip (default: %(default)s)")
+    sub.add_argument("--frames", type=int, default=17, help="frames from the start of each clip (default: %(default)s)")
     sub.add_argument("--size", type=int, default=128, help="side they are resized and cropped to (default: %(default)s)")
     return parser

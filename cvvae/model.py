@@ -24,6 +24,11 @@ def pad_clip(x: Tensor, time: tuple[int, int], space: tuple[int, int], time_mode
     return F.pad(x, (0, 0, 0, 0, *time), mode=modes[time_mode])
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a norm's fresh output, in place where no gradient needs that output."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class Padding:
     """Where a 3-tap kernel looks beyond the clip: causal layers look at past frames only.
 
@@ -76,8 +81,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = pointwise(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = convolve(self.conv1, F.silu(self.norm1(x)), self.padding)
-        h = convolve(self.conv2, F.silu(self.norm2(h)))
+        h = convolve(self.conv1, silu(self.norm1(x)), self.padding)
+        h = convolve(self.conv2, silu(self.norm2(h)))
         if hasattr(self, "nin_shortcut"):
             x = convolve(self.nin_shortcut, x)
         return x + h
@@ -217,7 +222,7 @@ class Encoder(nn.Module):
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-        return convolve(self.conv_out, F.silu(self.norm_out(h)), self.padding)
+        return convolve(self.conv_out, silu(self.norm_out(h)), self.padding)
 
 
 class Decoder(nn.Module):
@@ -265,4 +270,4 @@ class Decoder(nn.Module):
                 h = block(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return convolve(self.conv_out, F.silu(self.norm_out(h)), self.padding)
+        return convolve(self.conv_out, silu(self.norm_out(h)), self.padding)

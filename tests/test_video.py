@@ -115,7 +115,12 @@ class TestReconstruct:
         source = drawn.write_video(tmp_path / "in.mp4", 80)
         seen = []
         window = vae.encode_window
-        monkeypatch.setattr(vae, "encode_window", lambda frames, *rest: seen.append(frames.shape[2]) or window(frames, *rest))
+
+        def spy(frames, *rest):
+            seen.append(frames.shape[2])
+            return window(frames, *rest)
+
+        monkeypatch.setattr(vae, "encode_window", spy)
         reconstruct(vae, source, tmp_path / "out.mp4")
         assert seen == [17, 17, 17, 17, 16]
 

@@ -163,7 +163,7 @@ class Trainer:
 
 
 def evaluate_clip(vae: Autoencoder, teacher: ImageVAE | None, clip: Tensor) -> dict[str, float]:
-    """Scores in dB of one clip [1, 3, T, H, W]: ``psnr``, and beside a teacher ``image_vae_psnr`` and ``compatibility_psnr``."""
+    """Scores in dB of one clip [1, 3, T, H, W]: psnr, and beside a teacher image_vae_psnr and compatibility_psnr."""
     if isinstance(vae, ImageVAE):
         return {"psnr": metrics.image_vae_psnr(vae, clip)}
     scores = {"psnr": metrics.psnr(vae.reconstruct(clip), clip)}
@@ -238,7 +238,8 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"run.device is {name!r}, which this machine does not have ({str(error).splitlines()[0]}).") from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"run.device is {name!r}, which this machine does not have ({reason}).") from None
 
 
 def _models(config: TrainConfig) -> tuple[Autoencoder, ImageVAE | None]:
