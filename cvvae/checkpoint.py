@@ -94,7 +94,10 @@ def write_whole(path: str | os.PathLike, write) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial{os.getpid()}")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # what the user's umask gives; safetensors writes for the owner only
         write(str(partial))
+        partial.chmod(mode)
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)

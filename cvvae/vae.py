@@ -1,6 +1,7 @@
 """The autoencoders people use: encode and decode whole clips, window by window and tile by tile."""
 
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +118,7 @@ class VideoVAE(Autoencoder):
         batch, _, t, h, w = latents.shape
         most = frames_of(t) if mode == "video" else t
         frames = most if frames is None else frames
-        if not (isinstance(frames, int) and 1 <= frames <= most):
+        if not (isinstance(frames, Integral) and 1 <= frames <= most):
             raise ValueError(f"frames={frames} asked, but {t} latents decode to {most} frames in {mode} mode; "
                              f"ask for 1 to {most}.")
         height, width = (h * SPACE_FACTOR, w * SPACE_FACTOR) if size is None else size

@@ -1,0 +1,10 @@
+"""The door: ComfyUI calls ``comfy_entrypoint`` and gets the nodes.
+
+Nothing is imported before that call, so test runners and tools may import this file without ComfyUI.
+"""
+
+
+async def comfy_entrypoint():
+    from .nodes import CVVAEExtension
+
+    return CVVAEExtension()

@@ -1,0 +1,312 @@
+"""ComfyUI's VAE object around a CV-VAE: the only place that knows the host's private parts.
+
+A subclass of ``comfy.sd.VAE``, so every native node takes it.  What it computes, it leaves to the library;
+what it adds is the host's side: [0, 1] images with the channels last, device memory, progress, Cancel.
+"""
+
+import contextlib
+import dataclasses
+import logging
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import torch
+from torch import Tensor
+
+from .. import cvvae
+from ..cvvae import keys
+from ..cvvae.frames import SPACE_FACTOR, TIME_FACTOR, frames_of, latents_of
+from ..cvvae.tiling import WHOLE, Tiling
+
+log = logging.getLogger(__name__)
+
+# bfloat16 before float32, as the host's own VAEs; never float16 unasked: its range is the one that overflows.
+WORKING_DTYPES = [torch.bfloat16, torch.float32]
+SMALLEST_TILE = 128  # pixels; group norms and attention see too little in smaller ones
+ACTIVATIONS = 6  # tensors of the widest full-resolution layer that live at once: see NativeVAE._bytes
+
+
+def load_native(source, batch_is: str, dtype: torch.dtype | None = None) -> "NativeVAE":
+    """Load a CV-VAE (see ``cvvae.load``) as a native VAE.
+
+    batch_is: "video" if a 4-D batch of latents or images is one clip, "image" if it is independent images.
+    dtype: of weights and computation; None leaves the choice to ComfyUI and its --fp16-vae and similar flags.
+    """
+    # The host's layers, so that it can stream weights from the offload device.
+    model = cvvae.load(source, ops=comfy.ops.disable_weight_init)
+    return NativeVAE(model, batch_is, dtype)
+
+
+def set_host_attributes(vae: comfy.sd.VAE) -> None:
+    """Give ``vae`` every attribute this ComfyUI's VAE has: the one private contract of this pack.
+
+    The host's constructor sets them before it looks at the weights.  This key names its smallest model (no
+    weights at all), which stays out of the way until it is replaced.
+    """
+    comfy.sd.VAE.__init__(vae, sd={"pixel_space_vae": torch.tensor(1.0)})
+    if getattr(vae, "first_stage_model", None) is None:
+        raise RuntimeError("This ComfyUI builds its VAE object in a way this version of CV-VAE does not know. "
+                           "Update the CV-VAE node pack.")
+
+
+class Managed(torch.nn.Module):
+    """What the host's patcher moves around: it writes attributes, ``device`` among them, on its module."""
+
+    def __init__(self, model: cvvae.VideoVAE):
+        super().__init__()
+        self.model = model
+
+
+class NativeVAE(comfy.sd.VAE):
+    """A CV-VAE that native nodes can use.
+
+    Images are [T, H, W, 3] and latents [t, C, h, w]: the frames of one clip, or independent images, as
+    ``batch_is`` says.  With one more dimension in front they are clips: [B, T, H, W, 3], [B, C, t, h, w].
+    """
+
+    def __init__(self, model: cvvae.VideoVAE, batch_is: str, dtype: torch.dtype | None = None):
+        set_host_attributes(self)
+        management = comfy.model_management
+        self.batch_is = batch_is
+        self.working_dtypes = WORKING_DTYPES if dtype is None else [dtype]
+        self.device = management.vae_device()
+        self.vae_dtype = dtype or management.vae_dtype(self.device, self.working_dtypes)
+        self.output_device = management.intermediate_device()
+        self.first_stage_model = Managed(model).to(self.vae_dtype)
+        self.latent_channels = model.config.latent_channels
+        self.output_channels = 3
+        self.latent_dim = 3
+        self.upscale_ratio = (lambda t: max(0, TIME_FACTOR * t - TIME_FACTOR + 1), SPACE_FACTOR, SPACE_FACTOR)
+        # One number, not a tuple as in other video VAEs: widespread packs divide by it.
+        self.downscale_ratio = SPACE_FACTOR
+        self.upscale_index_formula = self.downscale_index_formula = (TIME_FACTOR, SPACE_FACTOR, SPACE_FACTOR)
+        del self.memory_used_encode, self.memory_used_decode  # the host's; ours are methods
+        self.disable_offload = False
+        if hasattr(management, "archive_model_dtypes"):  # since 0.12
+            management.archive_model_dtypes(self.first_stage_model)
+        patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+        self.patcher = patcher(self.first_stage_model, load_device=self.device,
+                               offload_device=management.vae_offload_device())
+        self.size = None
+        self.model_size()
+
+    @property
+    def model(self) -> cvvae.VideoVAE:
+        return self.first_stage_model.model
+
+    # -- what native nodes call ----------------------------------------------------------------------
+    # Newer hosts pass more arguments than older ones, so unknown ones are taken and ignored.
+
+    def encode(self, pixel_samples: Tensor, *args, not_video: bool | None = None, **kwargs) -> Tensor:
+        """Images to latents; height and width are cropped to multiples of 8, as every native VAE does."""
+        mode = "image" if not_video else self.batch_is
+        return self.encode_clip(self._cropped(pixel_samples), mode, self.model.tiling)
+
+    def encode_tiled(self, pixel_samples: Tensor, tile_x=None, tile_y=None, overlap=None, tile_t=None, *args,
+                     not_video: bool | None = None, **kwargs) -> Tensor:
+        """Encode in tiles of ``tile_x`` x ``tile_y`` pixels and ``tile_t`` frames."""
+        mode = "image" if not_video else self.batch_is
+        return self.encode_clip(self._cropped(pixel_samples), mode, self._tiling(tile_x, tile_y, overlap, tile_t))
+
+    def decode(self, samples_in: Tensor, *args, **kwargs) -> Tensor:
+        """Latents to images."""
+        return self.decode_clip(samples_in, self.mode_of(samples_in), self.model.tiling)
+
+    def decode_tiled(self, samples: Tensor, tile_x=None, tile_y=None, overlap=None, tile_t=None, *args,
+                     **kwargs) -> Tensor:
+        """Decode in tiles of ``tile_x`` x ``tile_y`` latents and ``tile_t`` latents in time."""
+        in_pixels = [None if size is None else size * SPACE_FACTOR for size in (tile_x, tile_y, overlap)]
+        tiling = self._tiling(*in_pixels, None if tile_t is None else frames_of(max(1, tile_t)))
+        return self.decode_clip(samples, self.mode_of(samples), tiling)
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """The weights under their published names, so that a file written by VAESave loads again."""
+        return keys.published(self.model.state_dict(), self.model.config.variant)
+
+    # -- what this pack's nodes call -----------------------------------------------------------------
+
+    def mode_of(self, latents: Tensor) -> str:
+        """"video" if ``latents`` are to be decoded as clips, "image" if as independent images."""
+        return "video" if latents.ndim == 5 else self.batch_is
+
+    def encode_clip(self, pixels: Tensor, mode: str, tiling: Tiling | None) -> Tensor:
+        """[T, H, W, 3] in [0, 1] -> the posterior's mode [t, C, h, w]; 5-D clips stay 5-D.  Nothing is cropped."""
+        if pixels.ndim not in (4, 5) or pixels.shape[-1] < 3:
+            raise ValueError(f"Expected images [frames, height, width, 3], found shape {list(pixels.shape)}.")
+        # Channels first, as a view; scaled to [-1, 1] by the host's rule.
+        clip = self.process_input(pixels[..., :3].movedim(-1, -4))
+        if pixels.ndim == 4:
+            clip = clip[None]
+        posterior = self._run(lambda progress: self.model.encode(clip, mode, progress, self.device),
+                              lambda: self._bytes_encode(mode, clip.shape, self.vae_dtype), tiling, clip.shape[-2:])
+        latents = self._returned(posterior.mode())
+        # Contiguous: a copy lets go of the log-variance, which shares the mode's memory.
+        return (latents if pixels.ndim == 5 else latents[0].movedim(1, 0)).contiguous()
+
+    def decode_clip(self, latents: Tensor, mode: str, tiling: Tiling | None, frames: int | None = None,
+                    size: tuple[int, int] | None = None) -> Tensor:
+        """[t, C, h, w] or [B, C, t, h, w] -> [T, H, W, 3] or [B, T, H, W, 3] in [0, 1], trimmed to frames and size."""
+        clips = latents[None].movedim(1, 2) if latents.ndim == 4 else latents
+        if clips.ndim != 5 or clips.shape[1] != self.latent_channels:
+            channels = self.latent_channels
+            raise ValueError(
+                f"These latents have the shape {list(latents.shape)}; this CV-VAE decodes [t, {channels}, h, w] or "
+                f"[clips, {channels}, t, h, w]. Latents with another number of channels belong to another family of "
+                "models: SD 1.x, SD 2.x and SVD have 4, SD 3 has 16. Load the CV-VAE of that family.")
+        clips = clips.to(self.output_device)
+        pixels = self._run(
+            lambda progress: self.model.decode(clips, frames, size, mode, progress, self.device),
+            lambda: self._bytes_decode(mode, clips.shape, self.vae_dtype), tiling,
+            [side * SPACE_FACTOR for side in clips.shape[-2:]])
+        self._refuse_overflow(pixels)
+        images = self.process_output(self._returned(pixels)).movedim(-4, -1)
+        return images if latents.ndim == 5 else images[0]
+
+    # -- how -----------------------------------------------------------------------------------------
+
+    def _cropped(self, pixels: Tensor) -> Tensor:
+        """The host's crop, applied to height and width only (it would crop the frames of 5-D images too)."""
+        if pixels.ndim < 4 or min(pixels.shape[-3:-1]) < SPACE_FACTOR:
+            return pixels  # refused with a clear message by encode_clip and the library
+        return self.vae_encode_crop_pixels(pixels.flatten(0, -4)).unflatten(0, pixels.shape[:-3])
+
+    def _returned(self, x: Tensor) -> Tensor:
+        dtype = self.vae_output_dtype() if hasattr(self, "vae_output_dtype") else torch.float32  # since 0.18
+        return x.to(self.output_device, dtype)
+
+    def _tiling(self, tile_x: int | None, tile_y: int | None, overlap: int | None, frames: int | None) -> Tiling:
+        """The nearest plan of ours to what a native tiled node asks for, in pixels and frames.
+
+        Tiles are square.  Windows only get shorter than the model's own: its group norms look at a whole
+        window, so a longer one than the weights were made for costs quality, and the native default of 64
+        frames is meant as a limit on memory.
+        """
+        own = self.model.tiling or WHOLE
+        sides = [side for side in (tile_x, tile_y) if side is not None]
+        tile = max(2 * SPACE_FACTOR, min(sides) // SPACE_FACTOR * SPACE_FACTOR) if sides else own.tile_pixels
+        overlap = own.overlap_pixels if overlap is None else overlap // SPACE_FACTOR * SPACE_FACTOR
+        if tile is not None:
+            overlap = min(overlap, tile // 2 // SPACE_FACTOR * SPACE_FACTOR)
+        window = own.window_frames
+        if frames is not None:
+            shorter = frames_of(max(2, 1 + (frames - 1) // TIME_FACTOR))
+            window = shorter if window is None else min(window, shorter)
+        return Tiling(window, tile, overlap)
+
+    def _run(self, compute, estimate, tiling: Tiling | None, size):
+        """Call ``compute(progress)`` under ``tiling``; out of device memory, again with smaller pieces."""
+        while True:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            try:
+                with self._computing(tiling):
+                    comfy.model_management.load_models_gpu([self.patcher], memory_required=estimate(),
+                                                           force_full_load=self.disable_offload)
+                    return compute(Progress())
+            except Exception as error:
+                smaller = smaller_tiling(tiling, *size)
+                if smaller is None or not is_out_of_memory(error):
+                    raise
+            # Outside the except block: the exception keeps the tensors of the failed pass alive.
+            comfy.model_management.soft_empty_cache()
+            log.warning("CV-VAE ran out of device memory with %s; trying again with %s. Group norms then see less of "
+                        "the picture, so the result differs slightly.", in_words(tiling), in_words(smaller))
+            tiling = smaller
+
+    @contextlib.contextmanager
+    def _computing(self, tiling: Tiling | None):
+        """The model set to ``tiling``, and the host's device made the current one."""
+        device_context = getattr(comfy.model_management, "cuda_device_context", contextlib.nullcontext)
+        model, before = self.model, self.model.tiling
+        model.tiling = tiling
+        try:
+            with device_context(self.device):
+                yield
+        finally:
+            model.tiling = before
+
+    def _refuse_overflow(self, pixels: Tensor) -> None:
+        if self.vae_dtype == torch.float16 and not torch.isfinite(pixels).all():
+            raise ValueError("Decoding in float16 gave values that are no numbers: these weights need a wider range. "
+                             "Choose bf16 or fp32 in the Load CV-VAE node (and start ComfyUI without --fp16-vae).")
+
+    # Estimates for the host's memory management.  Hosts and packs call the first two with the shapes that
+    # native nodes use; both assume the model's current tiling.
+
+    def memory_used_encode(self, shape, dtype: torch.dtype) -> int:
+        """Bytes to encode images [N, 3, H, W] or clips [B, 3, T, H, W]."""
+        return self._bytes_encode(self.batch_is if len(shape) == 4 else "video", shape, dtype)
+
+    def memory_used_decode(self, shape, dtype: torch.dtype) -> int:
+        """Bytes to decode latents [t, C, h, w] or [B, C, t, h, w]."""
+        return self._bytes_decode(self.batch_is if len(shape) == 4 else "video", shape, dtype)
+
+    def _bytes_encode(self, mode: str, shape, dtype: torch.dtype) -> int:
+        frames = shape[0] if len(shape) == 4 else shape[-3]
+        widest = self.model.config.widths[0]
+        return self._bytes(widest, 1 if mode == "image" else frames, shape[-2], shape[-1], dtype)
+
+    def _bytes_decode(self, mode: str, shape, dtype: torch.dtype) -> int:
+        t = shape[0] if len(shape) == 4 else shape[-3]
+        # The last up-sampler brings level 1's channels to full resolution.
+        widest = max(self.model.config.widths[:2])
+        height, width = (side * SPACE_FACTOR for side in shape[-2:])
+        return self._bytes(widest, 1 if mode == "image" else frames_of(t), height, width, dtype)
+
+    def _bytes(self, widest: int, frames: int, height: int, width: int, dtype: torch.dtype) -> int:
+        """Bytes on the device for one tile's activations beside one window's frames.
+
+        The peak is in the layers at full resolution.  The CPU profiler found 6.0 (encoder) and 4.9 to 6.2
+        (decoder) tensors of the widest one's size there, at 5 and 17 frames and several widths; kernels look
+        two frames into the past, which counts for single frames.
+        """
+        tiling = self.model.tiling or WHOLE
+        frames = min(frames, tiling.window_frames or frames)
+        tile_height, tile_width = (min(side, tiling.tile_pixels or side) for side in (height, width))
+        activations = ACTIVATIONS * widest * (frames + 2) * tile_height * tile_width * dtype.itemsize
+        return activations + 3 * frames * height * width * torch.float32.itemsize
+
+
+class Progress:
+    """Called after each piece: moves the host's progress bar, and raises when the user cancelled."""
+
+    def __init__(self):
+        self.bar = None
+
+    def __call__(self, done: int, total: int) -> None:
+        # Asked here too because newer hosts' bars skip most updates, and old ones' layers do not ask.
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if self.bar is None:
+            self.bar = comfy.utils.ProgressBar(total)
+        self.bar.update_absolute(done, total)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    management = comfy.model_management
+    if hasattr(management, "is_oom"):  # since 0.17
+        return management.is_oom(error)
+    return isinstance(error, management.OOM_EXCEPTION)
+
+
+def smaller_tiling(tiling: Tiling | None, height: int, width: int) -> Tiling | None:
+    """What to try when ``tiling`` did not fit for frames of this size: half the tile, then half the window."""
+    tiling = tiling or WHOLE
+    side = max(height, width)
+    tile = min(side, tiling.tile_pixels or side)
+    if tile > SMALLEST_TILE:
+        tile = max(SMALLEST_TILE, tile // 2 // SPACE_FACTOR * SPACE_FACTOR)
+        overlap = min(tiling.overlap_pixels, tile // 4 // SPACE_FACTOR * SPACE_FACTOR)
+        return dataclasses.replace(tiling, tile_pixels=tile, overlap_pixels=overlap)
+    latents = latents_of(tiling.window_frames or 17)
+    if latents <= 2:
+        return None
+    return dataclasses.replace(tiling, window_frames=frames_of(1 + latents // 2 if latents > 3 else 2))
+
+
+def in_words(tiling: Tiling | None) -> str:
+    tiling = tiling or WHOLE
+    window = "the whole clip" if tiling.window_frames is None else f"{tiling.window_frames} frames"
+    tile = "untiled" if tiling.tile_pixels is None else f"in tiles of {tiling.tile_pixels} pixels"
+    return f"{window} at a time, {tile}"

@@ -1,0 +1,28 @@
+"""Fixtures for the tests inside a real ComfyUI; see tests/helpers/comfy_host.py for how one is found."""
+
+import json
+
+import pytest
+from comfy_host import HOSTS, REPOSITORY, Host, Server, find_host, make_base
+
+
+@pytest.fixture(scope="session", params=list(HOSTS))
+def host(request) -> Host:
+    return find_host(request.param)
+
+
+@pytest.fixture(scope="session")
+def server(host, tmp_path_factory):
+    base = tmp_path_factory.mktemp("server")
+    make_base(base, "ComfyUI-CV-VAE")
+    server = Server(host, base)
+    try:
+        server.wait_until_up()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def workflows() -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((REPOSITORY / "workflows").glob("*.json"))}

@@ -1,0 +1,103 @@
+"""ComfyUI started for real: what it says about the nodes, and the workflows run through its queue."""
+
+import av
+import numpy as np
+import pytest
+from comfy_host import REPOSITORY
+
+MEDIA = REPOSITORY / "workflows" / "media"
+ENOUGH = 20  # dB; the built-in model reaches 24 to 28, random weights about 10
+
+NODES = {
+    "CVVAELoader": (["vae_name", "batch_is", "dtype"], ["VAE"]),
+    "CVVAEEncode": (["pixels", "vae", "mode", "layout", "window", "tile", "overlap"], ["LATENT"]),
+    "CVVAEDecode": (["samples", "vae", "mode", "frames", "window", "tile", "overlap"], ["IMAGE"]),
+    "CVVAEExample": (["media"], ["IMAGE", "FLOAT"]),
+}
+WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN", "COMFY_DYNAMICCOMBO_V3")
+
+
+def frames_of(path) -> np.ndarray:
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    assert a.shape == b.shape, f"{a.shape} and {b.shape}"
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
+
+
+def api_form(workflow: dict, object_info: dict) -> dict:
+    """A workflow as the queue takes it: what the front end does when Run is pressed, for plain widgets."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] not in object_info:  # notes
+            continue
+        linked = {slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
+        values = iter(node.get("widgets_values", []))
+        inputs = {}
+        for kind in ("required", "optional"):
+            for name, spec in object_info[node["type"]]["input"].get(kind, {}).items():
+                if isinstance(spec[0], list) or spec[0] in WIDGETS:
+                    value = next(values, None)  # a linked widget keeps its value in the file
+                    if value is not None:
+                        inputs[name] = value
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs | linked}
+    return prompt
+
+
+def saved_by(files: dict, workflow: dict, title: str):
+    """The one file saved by the node with this title."""
+    node = next(node for node in workflow["nodes"] if node.get("title") == title)
+    [path] = files[str(node["id"])]
+    return path
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_object_info(server, node_id):
+    info = server.get(f"/object_info/{node_id}")[node_id]
+    inputs, outputs = NODES[node_id]
+    assert [name for kind in info["input_order"].values() for name in kind] == inputs
+    assert info["output"] == outputs
+    assert info["category"] == "CV-VAE" and "CV-VAE" in info["display_name"] and info["description"]
+    for name, spec in info["input"]["required"].items():
+        assert spec[1]["tooltip"], f"{name} has no tooltip"
+
+
+def test_the_loader_lists_files_and_the_built_in_model(server):
+    (server.base / "models" / "vae" / "mine.safetensors").touch()
+    spec = server.get("/object_info/CVVAELoader")["CVVAELoader"]["input"]["required"]["vae_name"]
+    options = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
+    assert options[0] == "tiny (built in)" and "mine.safetensors" in options
+
+
+def test_workflows_are_offered_as_templates(server, workflows):
+    assert set(server.get("/api/workflow_templates")["ComfyUI-CV-VAE"]) == set(workflows)
+
+
+def test_image_round_trip(server, workflows):
+    workflow = workflows["cv-vae_image_round_trip"]
+    files = server.run(api_form(workflow, server.get("/object_info")))
+    result = frames_of(saved_by(files, workflow, "Picture that came back"))
+    assert psnr(result, frames_of(MEDIA / "cat.jpg")) > ENOUGH
+
+
+def test_video_round_trip(server, workflows):
+    workflow = workflows["cv-vae_video_round_trip"]
+    files = server.run(api_form(workflow, server.get("/object_info")))
+    source = frames_of(MEDIA / "flower.mp4")
+    result = frames_of(saved_by(files, workflow, "Clip that came back"))
+    assert len(result) == len(source) == 33
+    assert psnr(result, source) > ENOUGH
+    both = frames_of(saved_by(files, workflow, "Source and clip side by side"))
+    assert both.shape == (33, 160, 424, 3)
+    assert psnr(both[:, :, :208], source) > 30 and psnr(both[:, :, -208:], source) > ENOUGH
+
+
+def test_a_wrong_value_is_refused_before_running(server):
+    prompt = {"1": {"class_type": "CVVAELoader", "inputs": {"vae_name": "gone.safetensors", "batch_is": "video clip",
+                                                            "dtype": "auto"}},
+              "2": {"class_type": "VAESave", "inputs": {"vae": ["1", 0], "filename_prefix": "x"}}}
+    with pytest.raises(AssertionError, match="gone.safetensors"):
+        server.run(prompt)
