@@ -27,15 +27,9 @@ class CVVAEExample(io.ComfyNode):
 
     @classmethod
     def execute(cls, media: str) -> io.NodeOutput:
-        frames, fps = read_frames(FOLDER / FILES[media])
-        return io.NodeOutput(torch.from_numpy(np.stack(frames)).float() / 255, fps)
+        from ..cvvae.video import probe, read_frames  # here, so that ComfyUI starts without waiting for PyAV
 
-
-def read_frames(path: Path) -> tuple[list[np.ndarray], float]:
-    """RGB frames [H, W, 3] of a clip or picture, and frames per second (a picture has 1)."""
-    import av  # here, so that ComfyUI starts without waiting for it
-
-    with av.open(str(path)) as file:
-        stream = file.streams.video[0]
-        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]
-        return frames, float(stream.average_rate) if len(frames) > 1 else 1.0
+        path = FOLDER / FILES[media]
+        frames = np.stack([frame.pixels for frame in read_frames(path)])
+        fps = float(probe(path).fps) if len(frames) > 1 else 1.0
+        return io.NodeOutput(torch.from_numpy(frames).float() / 255, fps)
