@@ -201,13 +201,15 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-class TestRuns:
-    @pytest.fixture(scope="class")
-    def whole(self, folder):
-        trainer = Trainer(config(folder, "whole"))
-        trainer.run()
-        return trainer
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run from the first step to the last."""
+    trainer = Trainer(config(folder, "whole"))
+    trainer.run()
+    return trainer
 
+
+class TestRuns:
     def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(self, folder, whole):
         stopped = Trainer(config(folder, "stopped"))
         stopped.run(lambda step, _: stopped.stop() if step == 3 else None)
@@ -283,7 +285,7 @@ class TestRuns:
         assert not list(whole.out.glob(".*"))
 
     def test_training_lowers_the_loss(self, folder):
-        trainer = Trainer(config(folder, "longer", "optim.steps=60", "optim.learning_rate=0.005", "run.validate_every=60"))
+        trainer = Trainer(config(folder, "longer", "optim.steps=40", "optim.learning_rate=0.005", "run.validate_every=40"))
         before = []
         trainer.run(lambda step, losses: before.append(trainer.scores["psnr"]) if step == 1 else None)
         assert trainer.scores["psnr"] > before[0] + 1

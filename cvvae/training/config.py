@@ -110,8 +110,8 @@ def read_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         for override in overrides:
             _apply(table, override)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}.") from None
     config = _build(TrainConfig, table, "")
     config.data.sources = [str((path.parent / source).resolve()) for source in config.data.sources]
     _check_values(config)
