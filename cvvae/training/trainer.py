@@ -155,8 +155,10 @@ class Trainer:
         path = self.out / "model.safetensors"
         facts = {"description": self.config.run.name, "steps": self.step, "validation": self.scores,
                  "training": dataclasses.asdict(self.config), "torch": torch.__version__}
-        # Where the data lies on the trainer's disk is nobody's business.
+        # Where things lie on the trainer's disk is nobody's business.
         facts["training"]["data"]["sources"] = [Path(source).name for source in self.config.data.sources]
+        facts["training"]["run"]["out"] = self.out.name
+        facts["training"]["model"] |= {key: Path(facts["training"]["model"][key]).name for key in ("teacher", "student")}
         with self.ema.applied_to(self.student):
             checkpoint.save(self.student, path, torch.float16, facts)
         return path
