@@ -64,7 +64,8 @@ def test_drop_and_run(server, page, tmp_path, workflows, name):
     screenshot = tmp_path / f"{name}.png"
     page.screenshot(path=screenshot)
     if kept := os.environ.get("CVVAE_SCREENSHOTS"):
-        shutil.copy(screenshot, Path(kept))
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        shutil.copy(screenshot, kept)
     assert ended["kind"] == "execution_success", ended
     saved = server.saved(ended["prompt_id"])
     wanted = {str(node["id"]) for node in workflows[name]["nodes"] if node["type"] in ("SaveImage", "SaveVideo")}
