@@ -183,6 +183,29 @@ class TestFolders:
         with pytest.raises(CheckpointError, match="holds no weights: expected a .safetensors file beside config.json"):
             cvvae.load(tmp_path)
 
+    def test_full_precision_is_preferred_to_variants(self, tmp_path):
+        self.fill(tmp_path)
+        (tmp_path / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"never opened")
+        assert same(cvvae.load(tmp_path), video_vae("sd3"))
+
+    def test_several_models_are_not_guessed_between(self, tmp_path):
+        self.fill(tmp_path)
+        save_file(video_state("v1"), tmp_path / "another.safetensors")
+        with pytest.raises(CheckpointError, match="several weight files .*another.safetensors.*name the one"):
+            cvvae.load(tmp_path)
+
+    @pytest.mark.parametrize("groups", [0, "32", 2.5, None])
+    def test_norm_groups_that_cannot_be(self, groups, tmp_path):
+        self.fill(tmp_path, "sd3", {"norm_num_groups": groups})
+        with pytest.raises(CheckpointError, match="norm_num_groups is .*expected a whole number"):
+            cvvae.load(tmp_path)
+
+    def test_norm_groups_reach_prefixed_tensors(self, tmp_path):
+        self.fill(tmp_path, "v1", {"norm_num_groups": 16})
+        prefixed = {f"vae.{name}": tensor for name, tensor in video_state("v1").items()}
+        save_file(prefixed, tmp_path / "diffusion_pytorch_model.safetensors")
+        assert cvvae.load(tmp_path).config.norm_groups == 16
+
     @pytest.mark.parametrize("text", ["<html>", "[1]", "{"])
     def test_broken_config(self, text, tmp_path):
         self.fill(tmp_path)
