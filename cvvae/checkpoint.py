@@ -45,7 +45,7 @@ def load(source: Source, dtype: torch.dtype = torch.float32, device: str | torch
     FileNotFoundError.
     """
     state, where = _read(source, {"tiny": BUILT_IN / "tiny.safetensors"})
-    state = _autoencoder_part(state, where)
+    state = _autoencoder_part(state)
     _refuse_strangers(state, where)
     if state["encoder.conv_in.weight"].ndim == 4:
         raise CheckpointError(
@@ -68,7 +68,7 @@ def load_image_vae(source: Source, dtype: torch.dtype = torch.float32, device: s
     ``post_quant_conv`` are folded into their neighbours.
     """
     state, where = _read(source, {"tiny": BUILT_IN / "tiny_image.safetensors"})
-    state = _autoencoder_part(state, where)
+    state = _autoencoder_part(state)
     _refuse_strangers(state, where)
     if state["encoder.conv_in.weight"].ndim == 5:
         raise CheckpointError(f"{where} is a video VAE (its kernels are 3-D), not an image VAE. "
@@ -236,7 +236,7 @@ def _own_metadata(header: dict | None) -> dict:
 # -- telling what the tensors are --------------------------------------------------------------------
 
 
-def _autoencoder_part(state: State, where: str) -> State:
+def _autoencoder_part(state: State) -> State:
     """The tensors under a known prefix if there is one, without those only training needs."""
     for prefix in PREFIXES:
         if f"{prefix}encoder.conv_in.weight" in state:
@@ -276,20 +276,19 @@ def _fold_quant_convs(state: State, where: str) -> State:
     c = -P^-1 p, so its weight is folded and c stays as ``decoder.latent_shift``.  In float64.
     """
     state = dict(state)
-    names = [f"{layer}.{kind}" for layer in ("quant_conv", "post_quant_conv") for kind in ("weight", "bias")]
-    found = [name in state for name in names]
-    if any(found[:2]) and not all(found[:2]) or any(found[2:]) and not all(found[2:]):
-        missing = [name for name in names if name not in state]
-        raise CheckpointError(f"{where} misses {', '.join(missing)}.")
+    for layer in ("quant_conv", "post_quant_conv"):
+        missing = [name for name in (f"{layer}.weight", f"{layer}.bias") if name not in state]
+        if len(missing) == 1:
+            raise CheckpointError(f"{where} misses {missing[0]}.")
     latent_channels = state["decoder.conv_in.weight"].shape[1]
     shift = torch.zeros(latent_channels)
-    if found[0]:
+    if "quant_conv.weight" in state:
         weight, bias = state.pop("quant_conv.weight").double().flatten(1), state.pop("quant_conv.bias").double()
         out_weight, out_bias = state["encoder.conv_out.weight"].double(), state["encoder.conv_out.bias"].double()
         _expect(weight.shape[1] == out_weight.shape[0], where, "quant_conv.weight", weight, out_weight.shape[0])
         state["encoder.conv_out.weight"] = torch.einsum("om,m...->o...", weight, out_weight).float()
         state["encoder.conv_out.bias"] = (weight @ out_bias + bias).float()
-    if found[2]:
+    if "post_quant_conv.weight" in state:
         weight, bias = state.pop("post_quant_conv.weight").double().flatten(1), state.pop("post_quant_conv.bias").double()
         _expect(weight.shape == (latent_channels, latent_channels), where, "post_quant_conv.weight", weight, latent_channels)
         exact = torch.linalg.lstsq(weight, -bias[:, None]).solution[:, 0]

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .checkpoint import BUILT_IN, load, load_image_vae, save
-from .frames import latents_of
+from .frames import latent_side, latents_of
 from .inflate import inflate
-from .tiling import Tiling
+from .tiling import Tiling, make_plan
 from .vae import VideoVAE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -152,14 +152,13 @@ class _Bar:
 
 def _tile_bar(path: str, vae: VideoVAE, passes: int = 1) -> _Bar:
     """A bar as long as the container says the video is; an unknown length shows a count only."""
-    from .tiling import make_plan
     from .video import probe, read_frames
 
     frames = probe(path).frames
     if not frames:
         return _Bar(None)
     height, width, _ = next(read_frames(path)).pixels.shape
-    return _Bar(passes * len(make_plan(latents_of(frames), -(-height // 8), -(-width // 8), vae.tiling)))
+    return _Bar(passes * len(make_plan(latents_of(frames), latent_side(height), latent_side(width), vae.tiling)))
 
 
 def _peak_memory(device: torch.device) -> str:

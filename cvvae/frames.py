@@ -28,6 +28,11 @@ def first_frame(latent: int) -> int:
     return max(0, TIME_FACTOR * latent - TIME_FACTOR + 1)
 
 
+def latent_side(pixels: int) -> int:
+    """Latents along a side of ``pixels``, the last one padded to eight."""
+    return -(-pixels // SPACE_FACTOR)
+
+
 def padded_size(pixels: int) -> int:
     """``pixels`` rounded up to the next multiple of 8."""
-    return -(-pixels // SPACE_FACTOR) * SPACE_FACTOR
+    return latent_side(pixels) * SPACE_FACTOR

@@ -19,7 +19,11 @@ def mse(a: Tensor, b: Tensor) -> float:
 
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of clips in [-1, 1], from the mean error over the whole clip."""
-    error = mse(a, b)
+    return decibels(mse(a, b))
+
+
+def decibels(error: float) -> float:
+    """PSNR of a mean squared error on the [0, 1] scale."""
     return math.inf if error == 0 else -10 * math.log10(error)
 
 

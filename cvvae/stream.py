@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import metrics
 from .checkpoint import write_whole
-from .frames import SPACE_FACTOR, latents_of
+from .frames import latent_side, latents_of
 from .vae import VideoVAE
 from .video import Frame, VideoError, VideoWriter, probe, read_frames, to_clip, to_frames
 
@@ -84,15 +84,14 @@ def reconstruct(vae: VideoVAE, source: str | Path, target: str | Path, step: Ste
             decoded = to_frames(clip)
             for frame, pixels in zip(originals, decoded, strict=True):
                 writer.write(pixels, frame.time)
-            a, b = to_clip(list(decoded)), to_clip([frame.pixels for frame in originals])
+            a, b = to_clip(decoded), to_clip([frame.pixels for frame in originals])
             squared_error += metrics.mse(a, b) * len(originals)
             if min(height, width) >= metrics.SSIM_WINDOW:
                 similarity += metrics.ssim(a, b) * len(originals)
             written += len(originals)
     height, width, _ = shape
-    error = squared_error / written
-    latent_shape = (vae.config.latent_channels, latent_frames, -(-height // SPACE_FACTOR), -(-width // SPACE_FACTOR))
-    return Report(written, height, width, latent_shape, -10 * math.log10(error) if error else math.inf,
+    latent_shape = (vae.config.latent_channels, latent_frames, latent_side(height), latent_side(width))
+    return Report(written, height, width, latent_shape, metrics.decibels(squared_error / written),
                   similarity / written if min(height, width) >= metrics.SSIM_WINDOW else math.nan,
                   time.monotonic() - started)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
-from .frames import SPACE_FACTOR, frames_of, latents_of, padded_frames, padded_size
+from .frames import SPACE_FACTOR, frames_of, latent_side, latents_of, padded_frames, padded_size
 from .model import Decoder, Encoder
 from .posterior import Posterior
 from .tiling import Tile, Tiling, make_plan
@@ -91,7 +91,7 @@ class VideoVAE(Autoencoder):
         _check_mode(mode)
         batch, _, frames, height, width = clip.shape
         _check_size(height, width)
-        h, w = padded_size(height) // SPACE_FACTOR, padded_size(width) // SPACE_FACTOR
+        h, w = latent_side(height), latent_side(width)
         t = latents_of(frames) if mode == "video" else frames
         moments = torch.empty(batch, 2 * self.config.latent_channels, t, h, w, dtype=self.dtype, device=clip.device)
         plan = make_plan(t if mode == "video" else 1, h, w, self.tiling)
@@ -122,7 +122,7 @@ class VideoVAE(Autoencoder):
             raise ValueError(f"frames={frames} asked, but {t} latents decode to {most} frames in {mode} mode; "
                              f"ask for 1 to {most}.")
         height, width = (h * SPACE_FACTOR, w * SPACE_FACTOR) if size is None else size
-        if (padded_size(height), padded_size(width)) != (h * SPACE_FACTOR, w * SPACE_FACTOR):
+        if (latent_side(height), latent_side(width)) != (h, w):
             raise ValueError(f"size={size} asked, but latents of {h}x{w} hold {h * SPACE_FACTOR}x{w * SPACE_FACTOR} "
                              "pixels; a size within 7 pixels below that can be trimmed to.")
         clip = torch.empty(batch, 3, frames, height, width, dtype=self.dtype, device=latents.device)
@@ -149,17 +149,13 @@ class VideoVAE(Autoencoder):
         called after each tile.
         """
         window_frames = self.tiling.window_frames if self.tiling else None
-        held, before = None, 0
-        for part in parts:
-            _check(part, 5, 3, "a part of a clip [1, 3, n, H, W]")
-            held = part if held is None else torch.cat([held, part], dim=2)
-            # A window is full only once a frame beyond it is there: its last frame opens the next one.
-            while window_frames is not None and held.shape[2] > window_frames:
-                yield self._encode_whole_window(held[:, :, :window_frames], progress)[:, :, before:]
-                held, before = held[:, :, window_frames - 1:], 1
-        if held is None:
-            raise ValueError("The clip has no frames.")
-        yield self._encode_whole_window(held, progress)[:, :, before:]
+        expected = "a part of a clip [1, 3, n, H, W]"
+        for frames, before in _windows(parts, window_frames, 3, expected, "The clip has no frames."):
+            height, width = frames.shape[-2:]
+            _check_size(height, width)
+            tiles = make_plan(1, latent_side(height), latent_side(width), self.tiling).tiles
+            moments = self.encode_window(frames, tiles, progress or _no_step)
+            yield Posterior(moments).mode().to(frames.device, self.dtype)[:, :, before:]
 
     @torch.no_grad()
     def decode_stream(self, parts: Iterable[Tensor], progress: Callable[[], None] | None = None) -> Iterator[Tensor]:
@@ -168,27 +164,12 @@ class VideoVAE(Autoencoder):
         Joined, they equal ``decode(latents)``; only one window is held.
         """
         window = latents_of(self.tiling.window_frames) if self.tiling and self.tiling.window_frames else None
-        held, before = None, 0
         channels = self.config.latent_channels
-        for part in parts:
-            _check(part, 5, channels, f"a part of latents [1, {channels}, k, h, w]")
-            held = part if held is None else torch.cat([held, part], dim=2)
-            while window is not None and held.shape[2] > window:
-                yield self._decode_whole_window(held[:, :, :window], progress)[:, :, before:]
-                held, before = held[:, :, window - 1:], 1
-        if held is None:
-            raise ValueError("There are no latents to decode.")
-        yield self._decode_whole_window(held, progress)[:, :, before:]
-
-    def _encode_whole_window(self, frames: Tensor, progress: Callable[[], None] | None) -> Tensor:
-        _check_size(*frames.shape[-2:])
-        h, w = (padded_size(pixels) // SPACE_FACTOR for pixels in frames.shape[-2:])
-        moments = self.encode_window(frames, make_plan(1, h, w, self.tiling).tiles, progress or (lambda: None))
-        return Posterior(moments).mode().to(frames.device, self.dtype)
-
-    def _decode_whole_window(self, latents: Tensor, progress: Callable[[], None] | None) -> Tensor:
-        tiles = make_plan(1, *latents.shape[-2:], self.tiling).tiles
-        return self.decode_window(latents, tiles, progress or (lambda: None)).to(latents.device, self.dtype)
+        expected = f"a part of latents [1, {channels}, k, h, w]"
+        for latents, before in _windows(parts, window, channels, expected, "There are no latents to decode."):
+            tiles = make_plan(1, *latents.shape[-2:], self.tiling).tiles
+            frames = self.decode_window(latents, tiles, progress or _no_step)
+            yield frames.to(latents.device, self.dtype)[:, :, before:]
 
     def encode_window(self, frames: Tensor, tiles: list[Tile], step: Callable[[], None],
                       device: torch.device | None = None) -> Tensor:
@@ -220,6 +201,26 @@ def _join(tiles: list[Tile], scale: int, compute: Callable[[Tile], Tensor], step
         place.addcmul_(piece.float(), tile.weight(scale).to(piece.device))
         step()
     return whole
+
+
+def _windows(parts: Iterable[Tensor], size: int | None, channels: int, expected: str,
+             nothing: str) -> Iterator[tuple[Tensor, int]]:
+    """Re-cut ``parts`` along time into windows of ``size`` that share one; with how many each shares with the last."""
+    held, before = None, 0
+    for part in parts:
+        _check(part, 5, channels, expected)
+        held = part if held is None else torch.cat([held, part], dim=2)
+        # A window is full only once something beyond it is there: its last element opens the next one.
+        while size is not None and held.shape[2] > size:
+            yield held[:, :, :size], before
+            held, before = held[:, :, size - 1:], 1
+    if held is None:
+        raise ValueError(nothing)
+    yield held, before
+
+
+def _no_step() -> None:
+    pass
 
 
 def _clips(source: Tensor, target: Tensor, mode: str) -> Iterator[tuple[Tensor, Tensor]]:

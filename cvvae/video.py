@@ -82,7 +82,7 @@ def read_frames(path: str | os.PathLike, start: float = 0.0) -> Iterator[Frame]:
             raise VideoError(f"{path} breaks off while being decoded: {error.strerror or error}.") from None
 
 
-def to_clip(frames: list[np.ndarray]) -> Tensor:
+def to_clip(frames: list[np.ndarray] | np.ndarray) -> Tensor:
     """uint8 frames [H, W, 3] -> a clip [1, 3, T, H, W] in [-1, 1], float32."""
     stacked = torch.from_numpy(np.stack(frames))
     return stacked.permute(3, 0, 1, 2)[None].float().div_(127.5).sub_(1)

@@ -3,7 +3,7 @@
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..cvvae.frames import SPACE_FACTOR, latents_of, padded_size
+from ..cvvae.frames import latent_side, latents_of
 from .common import CATEGORY, IMAGES, MODES, VIDEO, make_tiling, require_cv_vae, tiling_inputs
 
 AUTO = "auto"
@@ -57,5 +57,5 @@ def frames_encoded(origin: dict, latents: Tensor, mode: str) -> int | None:
 
 def size_encoded(origin: dict, latents: Tensor) -> tuple[int, int] | None:
     size = origin.get("height", 0), origin.get("width", 0)
-    fits = tuple(padded_size(side) // SPACE_FACTOR for side in size) == tuple(latents.shape[-2:])
+    fits = tuple(latent_side(side) for side in size) == tuple(latents.shape[-2:])
     return size if fits else None

@@ -67,6 +67,8 @@ class TestConfig:
         ("data.buckets=[{size = 20}]", r"data.buckets\[0\].size is 20"),
         ("model.kind=image", "an image VAE trains on single frames"),
         ("data.sources=[]", "data.sources is empty"),
+        ("run.save_every=0", "run.save_every is 0; expected 1 or more"),
+        ("data.max_stride=0", "data.max_stride is 0; expected 1 or more"),
         ("nonsense", "expected key=value"),
     ])
     def test_values_that_cannot_work_are_named(self, folder, override, message):
@@ -237,6 +239,21 @@ class TestRuns:
         resumed.run()
         assert equal(final_state(resumed)["model"], final_state(whole)["model"])
         assert (resumed.out / "losses.csv").read_text() == (whole.out / "losses.csv").read_text()
+
+    def test_cancelling_at_a_validation_step_keeps_its_scores(self, folder):
+        trainer = Trainer(config(folder, "scored", "run.validate_every=2"))
+
+        def cancel(step, _):
+            if step == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(cancel)
+        resumed = Trainer(config(folder, "scored", "run.validate_every=2"), resume=True)
+        assert resumed.scores == trainer.scores and resumed.scores
+        resumed.run()
+        rows = list(csv.DictReader(open(resumed.out / "validation.csv", encoding="utf-8")))
+        assert [int(row["step"]) for row in rows] == [0, 2, 4, 6]
 
     def test_cancelling_saves_first(self, folder):
         trainer = Trainer(config(folder, "cancelled"))

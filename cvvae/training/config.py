@@ -164,6 +164,11 @@ def _check_values(config: TrainConfig) -> None:
         value = getattr(getattr(config, section), name)
         if value not in choices:
             raise ConfigError(f"{key} is {value!r}; expected one of {', '.join(choices)}.")
+    for key in ("optim.steps", "run.save_every", "run.validate_every", "data.max_stride"):
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value < 1:
+            raise ConfigError(f"{key} is {value}; expected 1 or more.")
     if not config.data.sources:
         raise ConfigError("data.sources is empty; list the files or folders of videos and pictures to train on.")
     for i, bucket in enumerate(config.data.buckets):

@@ -95,11 +95,7 @@ class ClipData:
 
 def load_clip(file: Path, frames: int, size: int) -> Tensor:
     """The first ``frames`` frames, short side resized to ``size``, centre crop: [1, 3, T, size, size]."""
-    pixels = []
-    for frame in read_frames(file):
-        pixels.append(frame.pixels)
-        if len(pixels) == frames:
-            break
+    pixels = [frame.pixels for frame in islice(read_frames(file), frames)]
     if len(pixels) < frames:
         raise VideoError(f"{file} has {len(pixels)} frames; {frames} are needed.")
     clip = to_clip(pixels)[0].transpose(0, 1)
@@ -124,7 +120,7 @@ def _crop(frames: np.ndarray, size: int, rng: random.Random) -> Tensor:
     height, width = frames.shape[1:3]
     side = rng.randint(size, min(height, width))
     top, left = rng.randint(0, height - side), rng.randint(0, width - side)
-    clip = to_clip(list(frames[:, top:top + side, left:left + side]))[0].transpose(0, 1)
+    clip = to_clip(frames[:, top:top + side, left:left + side])[0].transpose(0, 1)
     if side != size:
         clip = F.interpolate(clip, (size, size), mode="bilinear", antialias=True)
     if rng.random() < 0.5:

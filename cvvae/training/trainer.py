@@ -11,6 +11,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -81,12 +82,14 @@ class Trainer:
             while self.step < optim.steps and not self._stop:
                 losses = self._train_step()
                 self.losses_log.append(self.step, losses)
-                if report is not None:
-                    report(self.step, losses)
-                if self.step % run.save_every == 0:
-                    self._save()
                 if self.step % run.validate_every == 0 or self.step == optim.steps:
                     self._validate()
+                # After the validation, and the report last: a checkpoint of this step has its scores,
+                # and a run cancelled here lacks nothing.
+                if self.step % run.save_every == 0:
+                    self._save()
+                if report is not None:
+                    report(self.step, losses)
         finally:
             self._save()
         return self._export()
@@ -137,7 +140,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {"step": self.step, "model": self.student.state_dict(), "ema": self.ema.state,
-                 "optimizer": self.optimizer.state_dict(), "torch_rng": torch.get_rng_state(),
+                 "optimizer": self.optimizer.state_dict(), "torch_rng": torch.get_rng_state(), "scores": self.scores,
                  "config": json.dumps(dataclasses.asdict(self.config))}
         checkpoint.write_whole(self._checkpoint, lambda partial: torch.save(state, partial))
 
@@ -149,7 +152,7 @@ class Trainer:
         self.ema.load(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"].cpu())
-        self.step = state["step"]
+        self.step, self.scores = state["step"], state["scores"]
 
     def _export(self) -> Path:
         path = self.out / "model.safetensors"
@@ -191,22 +194,15 @@ class _Ema:
         for name, tensor in model.named_parameters():
             self.state[name].lerp_(tensor, 1 - decay)
 
+    @contextmanager
     def applied_to(self, model: nn.Module):
-        return _Swapped(model, self.state)
-
-
-class _Swapped:
-    """Gives ``model`` other weights inside a with block and its own back after."""
-
-    def __init__(self, model: nn.Module, state: dict[str, Tensor]):
-        self.model, self.state = model, state
-
-    def __enter__(self):
-        self.own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.model.load_state_dict(self.state)
-
-    def __exit__(self, *_):
-        self.model.load_state_dict(self.own)
+        """``model`` with the averaged weights inside a with block, and its own again after."""
+        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(self.state)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own)
 
 
 class _CsvLog:
