@@ -130,7 +130,8 @@ def _load_vae(options) -> VideoVAE:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = load(options.model, DTYPES[options.dtype], device)
-    vae.tiling = Tiling(options.window or None, options.tile or None, options.overlap)
+    memory = None if options.memory == "none" else int(options.memory) if options.memory.isdigit() else options.memory
+    vae.tiling = Tiling(options.window or None, options.tile or None, options.overlap, memory=memory)
     return vae
 
 
@@ -192,6 +193,9 @@ def _parser() -> argparse.ArgumentParser:
                              help="side of a tile; smaller needs less memory; 0 does not cut (default: %(default)s)")
             sub.add_argument("--overlap", type=int, default=tiling.overlap_pixels, metavar="PIXELS",
                              help="what neighbouring tiles share (default: %(default)s)")
+            sub.add_argument("--memory", default=tiling.memory, metavar="SIZE",
+                             help="what computing may take beside the weights: '2 GB', 'auto' or 'none'; less costs time "
+                                  "and changes no number (default: %(default)s)")
         return sub
 
     def model_option(sub: argparse.ArgumentParser) -> None:

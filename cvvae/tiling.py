@@ -3,26 +3,36 @@
 Everything is counted in latents; one latent is 8 pixels and, after the first of a clip, 4 frames.
 Encode, decode, the command line and the nodes all walk the same plan.
 
-Windows share one latent (one frame): the later window computes it again and drops it.  Tiles overlap
-and are blended.  At the default values this is the reference's plan (AILab-CVC/CV-VAE
-models/modeling_vae.py), blending weights included.
+Windows share one latent (one frame), or more; tiles overlap; what is shared is cross-faded, and where it is
+one latent that means the later window's is dropped.  At the default values this is the reference's plan
+(AILab-CVC/CV-VAE models/modeling_vae.py), blending weights included.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .frames import SPACE_FACTOR, TIME_FACTOR, first_frame, frames_of
+from .frames import SPACE_FACTOR, TIME_FACTOR, frames_of, latents_of
+
+STATISTICS = ("tile", "window", "clip")
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sizes of the pieces; ``None`` means do not cut.
+    """How a clip is cut; ``None`` as a size means do not cut.
 
     window_frames: 1 + 4n frames.  The published models were trained and are used with 17.
     tile_pixels: side of a square tile, a multiple of 8.
     overlap_pixels: what neighbouring tiles share, a multiple of 8, at most half a tile.
+    overlap_frames: what neighbouring windows share and cross-fade, 1 + 4n frames, at most about half a window.
+    even: tiles of equal size, as few and as large as ``tile_pixels`` allows, instead of a small one at the end.
+    statistics: whose pixels a group norm is normalised by: the "tile"'s own, those of all tiles of a
+        "window", or of the whole "clip".  The last two take a first pass to collect them.
+    memory: bytes that computing may take beside weights, input and result: a number, a text such as "2 GB",
+        "auto" (what is free on the device) or None (no limit).  It changes the time taken, not the numbers;
+        only where a tile cannot be computed within it at all are smaller tiles used, and the log says so.
 
     Raises ValueError naming the field that cannot work.
     """
@@ -30,18 +40,41 @@ class Tiling:
     window_frames: int | None = 17
     tile_pixels: int | None = 576
     overlap_pixels: int = 128
+    overlap_frames: int = 1
+    even: bool = False
+    statistics: str = "tile"
+    memory: int | str | None = "auto"
 
     def __post_init__(self):
-        for name in ("window_frames", "tile_pixels", "overlap_pixels"):
-            value = getattr(self, name)
-            if value is None and name != "overlap_pixels":
+        for name in ("window_frames", "tile_pixels", "overlap_pixels", "overlap_frames"):
+            value, optional = getattr(self, name), not name.startswith("overlap")
+            if value is None and optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"Tiling.{name} is {value!r}; it must be a whole number"
-                                 + ("." if name == "overlap_pixels" else ", or None to not cut."))
-        if self.window_frames is not None and (self.window_frames < 5 or self.window_frames % TIME_FACTOR != 1):
-            raise ValueError(f"Tiling.window_frames is {self.window_frames}; it must be 1 + 4n with n >= 1 "
+                                 + (", or None to not cut." if optional else "."))
+        if not isinstance(self.even, bool):
+            raise ValueError(f"Tiling.even is {self.even!r}; it must be True or False.")
+        if self.statistics not in STATISTICS:
+            raise ValueError(f"Tiling.statistics is {self.statistics!r}; it must be one of {', '.join(STATISTICS)}.")
+        parse_memory(self.memory)
+        self._check_windows()
+        self._check_tiles()
+
+    def _check_windows(self) -> None:
+        window, overlap = self.window_frames, self.overlap_frames
+        if window is not None and (window < 5 or window % TIME_FACTOR != 1):
+            raise ValueError(f"Tiling.window_frames is {window}; it must be 1 + 4n with n >= 1 "
                              "(5, 9, 13, 17, ...), because latents stand for groups of four frames.")
+        if overlap < 1 or overlap % TIME_FACTOR != 1:
+            raise ValueError(f"Tiling.overlap_frames is {overlap}; it must be 1 + 4n (1, 5, 9, ...): windows share "
+                             "whole latents.")
+        if window is not None and overlap > 1 + (window - 1) // 2:
+            most = frames_of(1 + (latents_of(window) - 1) // 2)
+            raise ValueError(f"Tiling.overlap_frames is {overlap}, more than half of window_frames = {window}; "
+                             f"at most {most} works.")
+
+    def _check_tiles(self) -> None:
         if self.tile_pixels is None:
             return
         if self.tile_pixels < 2 * SPACE_FACTOR or self.tile_pixels % SPACE_FACTOR:
@@ -52,6 +85,38 @@ class Tiling:
         if 2 * self.overlap_pixels > self.tile_pixels:
             raise ValueError(f"Tiling.overlap_pixels is {self.overlap_pixels}, more than half of tile_pixels = "
                              f"{self.tile_pixels}; at most {self.tile_pixels // 16 * 8} works.")
+
+    @property
+    def window(self) -> int | None:
+        """Latents of a window."""
+        return None if self.window_frames is None else latents_of(self.window_frames)
+
+    @property
+    def shared(self) -> int:
+        """Latents that neighbouring windows share."""
+        return latents_of(self.overlap_frames)
+
+
+UNITS = {"": 1, "B": 1, "KB": 10 ** 3, "MB": 10 ** 6, "GB": 10 ** 9, "KIB": 2 ** 10, "MIB": 2 ** 20, "GIB": 2 ** 30}
+SMALLEST_MEMORY = 64 * 2 ** 20
+
+
+def parse_memory(memory: int | str | None) -> int | str | None:
+    """Bytes of a :class:`Tiling`'s ``memory``; "auto" and None stay what they are.  Raises ValueError."""
+    if memory is None or memory == "auto":
+        return memory
+    size = memory
+    if isinstance(memory, str):
+        number = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", memory)
+        if number and number[2].upper() in UNITS:
+            size = int(float(number[1]) * UNITS[number[2].upper()])
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ValueError(f"Tiling.memory is {memory!r}; it must be a number of bytes, a text such as '2 GB' or '800 MB', "
+                         "'auto', or None for no limit.")
+    if size < SMALLEST_MEMORY:
+        raise ValueError(f"Tiling.memory is {memory!r}, {size} bytes; at least {SMALLEST_MEMORY} (64 MiB) are needed. "
+                         "For gigabytes write, for example, '2 GB'.")
+    return size
 
 
 WHOLE = Tiling(window_frames=None, tile_pixels=None)
@@ -79,20 +144,19 @@ class Span:
         """Frames the encoder needs for this window: the last frame of each latent but a leading shared one."""
         return slice(self.start * TIME_FACTOR, frames_of(self.stop))
 
-    def new_latents(self) -> slice:
-        """Where this window's own latents go, without the shared one."""
-        return slice(self.start + self.before, self.stop)
 
-    def new_frames(self) -> slice:
-        """Where this window's own frames go."""
-        return slice(first_frame(self.start + self.before), frames_of(self.stop))
+def spans(length: int, size: int | None, overlap: int, even: bool = False) -> list[Span]:
+    """Cut ``length`` latents into spans of ``size`` sharing ``overlap``; the last one is as long as what is left.
 
-
-def spans(length: int, size: int | None, overlap: int) -> list[Span]:
-    """Cut ``length`` latents into spans of ``size`` sharing ``overlap``; the last one is as long as what is left."""
+    even: no more spans than that, but all of the same size, or one less.
+    """
     if size is None or length <= size:
         return [Span(0, length)]
     stride = size - overlap
+    if even:
+        count = -(-(length - overlap) // stride)
+        stride = -(-(length - overlap) // count)
+        size = stride + overlap
     starts = range(0, length - overlap, stride)
     return [Span(start, min(start + size, length),
                  before=overlap if start else 0,
@@ -149,8 +213,7 @@ class Plan:
 def make_plan(t: int, h: int, w: int, tiling: Tiling | None) -> Plan:
     """Plan ``t`` x ``h`` x ``w`` latents; a ``tiling`` of None cuts nothing."""
     tiling = tiling or WHOLE
-    window = None if tiling.window_frames is None else 1 + (tiling.window_frames - 1) // TIME_FACTOR
     tile = None if tiling.tile_pixels is None else tiling.tile_pixels // SPACE_FACTOR
     overlap = tiling.overlap_pixels // SPACE_FACTOR
-    rows, cols = spans(h, tile, overlap), spans(w, tile, overlap)
-    return Plan(spans(t, window, 1), [Tile(r, c) for r in rows for c in cols])
+    rows, cols = (spans(side, tile, overlap, tiling.even) for side in (h, w))
+    return Plan(spans(t, tiling.window, tiling.shared), [Tile(r, c) for r in rows for c in cols])

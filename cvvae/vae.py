@@ -1,30 +1,45 @@
 """The autoencoders people use: encode and decode whole clips, window by window and tile by tile."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import engine
 from .config import Config
 from .frames import SPACE_FACTOR, frames_of, latent_side, latents_of, padded_frames, padded_size
 from .model import Decoder, Encoder
 from .posterior import Posterior
-from .tiling import Tile, Tiling, make_plan
+from .tiling import WHOLE, Tile, Tiling, make_plan
 
 MODES = ("video", "image")
+EXECUTORS = ("fast", "plain")
 Progress = Callable[[int, int], None]
+Check = Callable[[], None]
+
+
+def nothing() -> None:
+    """The default of progress and cancel callbacks."""
 
 
 class Autoencoder(nn.Module):
-    """An encoder and a decoder with their :class:`Config`; in eval mode as built."""
+    """An encoder and a decoder with their :class:`Config`; in eval mode as built.
+
+    executor: what runs them where no gradient is needed: "fast" (:mod:`cvvae.engine`), or "plain", the
+        modules themselves.  Both give the same numbers, to rounding.
+    weights_of: where the engine gets a layer's weights; ComfyUI moves them around.
+    """
 
     def __init__(self, config: Config, ops=nn):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, ops)
         self.decoder = Decoder(config, ops)
+        self.executor = "fast"
+        self.weights_of: engine.Weights = engine.own_weights
         if config.norm_groups != Config.norm_groups:
             # Nothing else in the tensors tells it, and a bare state dict must be enough to load a model.
             self.register_buffer("norm_groups", torch.tensor(config.norm_groups))
@@ -38,6 +53,16 @@ class Autoencoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def _compute(self, network: nn.Module, x: Tensor, stills: bool, memory: int | None = None, check: Check = nothing,
+                 statistics: engine.Statistics | None = None) -> Tensor:
+        """Run ``network`` on [1, C, T, H, W]: a clip, or T independent images ("stills")."""
+        if self.executor not in EXECUTORS:
+            raise ValueError(f"executor is {self.executor!r}; it must be 'fast' or 'plain'.")
+        if self.executor == "fast" and engine.knows(network):
+            return engine.run(network, x, stills, memory, check, self.weights_of, statistics)
+        check()
+        return torch.cat([network(part) for part in x.split(1, dim=2)], dim=2) if stills else network(x)
+
 
 class ImageVAE(Autoencoder):
     """A KL image VAE of the SD layout (f8): the teacher a video VAE is inflated from and regularized by."""
@@ -49,18 +74,18 @@ class ImageVAE(Autoencoder):
         """[N, 3, H, W] in [-1, 1], H and W >= 8 -> posterior of [N, C, h, w]; edges repeat up to a multiple of 8."""
         _check(frames, 4, 3, "frames [N, 3, H, W]")
         _check_size(*frames.shape[-2:])
-        moments = [self.encoder(_pad_to_8(self._as_clip(part))) for part in frames.split(self.BATCH)]
-        return Posterior(torch.cat(moments)[:, :, 0].to(frames.device))
+        return Posterior(self._stills(self.encoder, frames, _pad_to_8))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """[N, C, h, w] -> [N, 3, 8h, 8w] in about [-1, 1] (not clamped)."""
         _check(latents, 4, self.config.latent_channels, f"latents [N, {self.config.latent_channels}, h, w]")
-        frames = [self.decoder(self._as_clip(part)) for part in latents.split(self.BATCH)]
-        return torch.cat(frames)[:, :, 0].to(latents.device)
+        return self._stills(self.decoder, latents, lambda x: x)
 
-    def _as_clip(self, x: Tensor) -> Tensor:
-        return x[:, :, None].to(self.device, self.dtype)
+    def _stills(self, network: nn.Module, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+        done = [self._compute(network, prepare(part.transpose(0, 1)[None].to(self.device, self.dtype)), stills=True)
+                for part in images.split(self.BATCH)]
+        return torch.cat(done, dim=2)[0].transpose(0, 1).to(images.device)
 
 
 class VideoVAE(Autoencoder):
@@ -76,14 +101,16 @@ class VideoVAE(Autoencoder):
 
     @torch.no_grad()
     def encode(self, clip: Tensor, mode: str = "video", progress: Progress | None = None,
-               device: torch.device | None = None) -> Posterior:
+               device: torch.device | None = None, tiling: Tiling | None = None, check: Check = nothing) -> Posterior:
         """Encode [B, 3, T, H, W] in [-1, 1], any T >= 1, H and W >= 8.
 
         Time is padded by repeating the last frame up to 1 + 4n, space by repeating the edge up to a
         multiple of 8.  mode="image" encodes every frame by itself (T latents).
 
         progress: called with (pieces done, pieces in all) after each tile; may raise to cancel.
+        check: called many times within a tile; may raise to cancel.
         device: where to compute; by default where the weights are.  One window at a time goes there.
+        tiling: instead of the model's own.
         Returns the posterior of [B, C, t, h, w] on the clip's device, in the weights' dtype.
         Raises ValueError for a shape or mode that cannot be encoded.
         """
@@ -94,21 +121,22 @@ class VideoVAE(Autoencoder):
         h, w = latent_side(height), latent_side(width)
         t = latents_of(frames) if mode == "video" else frames
         moments = torch.empty(batch, 2 * self.config.latent_channels, t, h, w, dtype=self.dtype, device=clip.device)
-        plan = make_plan(t if mode == "video" else 1, h, w, self.tiling)
-        step = _counter(progress, batch * len(plan) * (1 if mode == "video" else frames))
+        run = Run(self, self.encoder, tiling or self.tiling, (t if mode == "video" else 1, h, w), device, check)
+        clips = batch * (1 if mode == "video" else frames)
+        step = _counter(progress, clips * len(run.plan) * run.passes)
         for source, target in _clips(clip, moments, mode):
-            for window in plan.windows:
-                piece = self.encode_window(source[:, :, window.frames()], plan.tiles, step, device)
-                target[:, :, window.new_latents()] = piece[:, :, window.before:]
+            windows = [(source[:, :, window.frames()], window.before) for window in run.plan.windows]
+            _fill(target, run.pieces(windows, step))
         return Posterior(moments)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, frames: int | None = None, size: tuple[int, int] | None = None,
-               mode: str = "video", progress: Progress | None = None, device: torch.device | None = None) -> Tensor:
+               mode: str = "video", progress: Progress | None = None, device: torch.device | None = None,
+               tiling: Tiling | None = None, check: Check = nothing) -> Tensor:
         """Decode [B, C, t, h, w]: t latents to 4t - 3 frames, or with mode="image" to t independent images.
 
         frames, size: what to trim the result to, T and (H, W), to undo the padding of :meth:`encode`.
-        progress, device: as in :meth:`encode`.
+        progress, device, tiling, check: as in :meth:`encode`.
         Returns [B, 3, T, H, W] in about [-1, 1] (not clamped), on the latents' device, in the weights' dtype.
         Raises ValueError for a shape, mode, frames or size that do not fit.
         """
@@ -126,13 +154,13 @@ class VideoVAE(Autoencoder):
             raise ValueError(f"size={size} asked, but latents of {h}x{w} hold {h * SPACE_FACTOR}x{w * SPACE_FACTOR} "
                              "pixels; a size within 7 pixels below that can be trimmed to.")
         clip = torch.empty(batch, 3, frames, height, width, dtype=self.dtype, device=latents.device)
-        plan = make_plan(t if mode == "video" else 1, h, w, self.tiling)
-        step = _counter(progress, batch * len(plan) * (1 if mode == "video" else frames))
+        run = Run(self, self.decoder, tiling or self.tiling, (t if mode == "video" else 1, h, w), device, check)
+        needed = [window for window in run.plan.windows if window.frames().start + (window.before > 0) < frames]
+        clips = batch * (1 if mode == "video" else frames)
+        step = _counter(progress, clips * len(needed) * len(run.plan.tiles) * run.passes)
         for source, target in _clips(latents, clip, mode):
-            for window in plan.windows:
-                piece = self.decode_window(source[:, :, window.latents()], plan.tiles, step, device)
-                place = target[:, :, window.new_frames()]
-                place.copy_(piece[:, :, window.before:][:, :, :place.shape[2], :height, :width])
+            windows = [(source[:, :, window.latents()], window.before) for window in needed]
+            _fill(target, run.pieces(windows, step))
         return clip
 
     def reconstruct(self, clip: Tensor, mode: str = "video") -> Tensor:
@@ -142,47 +170,115 @@ class VideoVAE(Autoencoder):
         return self.decode(self.encode(clip, mode).mode(), frames, (height, width), mode)
 
     @torch.no_grad()
-    def encode_stream(self, parts: Iterable[Tensor], progress: Callable[[], None] | None = None) -> Iterator[Tensor]:
+    def encode_stream(self, parts: Iterable[Tensor], progress: Callable[[], None] | None = None,
+                      check: Check = nothing) -> Iterator[Tensor]:
         """Encode a clip that arrives as parts [1, 3, n, H, W]; yields latents (mode) [1, C, k, h, w] as windows fill.
 
         Joined, they equal ``encode(clip).mode()``; only one window of frames is held.  ``progress`` is
-        called after each tile.
+        called after each tile.  Raises ValueError for parts that do not fit, and for statistics of the
+        whole clip, which a stream does not have.
         """
-        window_frames = self.tiling.window_frames if self.tiling else None
-        expected = "a part of a clip [1, 3, n, H, W]"
-        for frames, before in _windows(parts, window_frames, 3, expected, "The clip has no frames."):
-            height, width = frames.shape[-2:]
-            _check_size(height, width)
-            tiles = make_plan(1, latent_side(height), latent_side(width), self.tiling).tiles
-            moments = self.encode_window(frames, tiles, progress or _no_step)
-            yield Posterior(moments).mode().to(frames.device, self.dtype)[:, :, before:]
+        window = self.tiling.window_frames if self.tiling else None
+        shared = self.tiling.overlap_frames if self.tiling else 1
+        windows = _windows(parts, window, shared, 3, "a part of a clip [1, 3, n, H, W]", "The clip has no frames.")
+        first, before = next(windows)
+        _check_size(*first.shape[-2:])
+        size = latents_of(first.shape[2]), *map(latent_side, first.shape[-2:])
+        run = Run(self, self.encoder, self.tiling, size, None, check)
+        for moments in run.pieces(chain([(first, before)], windows), progress or nothing):
+            yield Posterior(moments).mode().to(first.device, self.dtype)
 
     @torch.no_grad()
-    def decode_stream(self, parts: Iterable[Tensor], progress: Callable[[], None] | None = None) -> Iterator[Tensor]:
+    def decode_stream(self, parts: Iterable[Tensor], progress: Callable[[], None] | None = None,
+                      check: Check = nothing) -> Iterator[Tensor]:
         """Decode latents that arrive as parts [1, C, k, h, w]; yields frames [1, 3, n, 8h, 8w] as windows fill.
 
-        Joined, they equal ``decode(latents)``; only one window is held.
+        Joined, they equal ``decode(latents)``; only one window is held.  Otherwise as :meth:`encode_stream`.
         """
-        window = latents_of(self.tiling.window_frames) if self.tiling and self.tiling.window_frames else None
+        window = self.tiling.window if self.tiling else None
+        shared = self.tiling.shared if self.tiling else 1
         channels = self.config.latent_channels
-        expected = f"a part of latents [1, {channels}, k, h, w]"
-        for latents, before in _windows(parts, window, channels, expected, "There are no latents to decode."):
-            tiles = make_plan(1, *latents.shape[-2:], self.tiling).tiles
-            frames = self.decode_window(latents, tiles, progress or _no_step)
-            yield frames.to(latents.device, self.dtype)[:, :, before:]
+        windows = _windows(parts, window, shared, channels, f"a part of latents [1, {channels}, k, h, w]",
+                           "There are no latents to decode.")
+        first, before = next(windows)
+        run = Run(self, self.decoder, self.tiling, tuple(first.shape[2:]), None, check)
+        for frames in run.pieces(chain([(first, before)], windows), progress or nothing):
+            yield frames.to(first.device, self.dtype)
 
-    def encode_window(self, frames: Tensor, tiles: list[Tile], step: Callable[[], None],
-                      device: torch.device | None = None) -> Tensor:
-        """Moments [1, 2C, t, h, w] of one window [1, 3, T, H, W], tile by tile; ``step`` is called after each."""
-        frames = _pad_to_8(_pad_time(frames.to(device or self.device, self.dtype)))
-        return _join(tiles, 1, lambda tile: self.encoder(frames[..., tile.rows.pixels(), tile.cols.pixels()]), step)
 
-    def decode_window(self, latents: Tensor, tiles: list[Tile], step: Callable[[], None],
-                      device: torch.device | None = None) -> Tensor:
-        """Frames [1, 3, 4t - 3, 8h, 8w] of one window [1, C, t, h, w], tile by tile."""
-        latents = latents.to(device or self.device, self.dtype)
-        return _join(tiles, SPACE_FACTOR,
-                     lambda tile: self.decoder(latents[..., tile.rows.latents(), tile.cols.latents()]), step)
+class Run:
+    """A clip's way through the encoder or the decoder, window by window.
+
+    size: t, h, w in latents of the clip, or of a window where the clip's length is not known yet.
+    """
+
+    def __init__(self, vae: VideoVAE, network: nn.Module, tiling: Tiling | None, size: tuple[int, int, int],
+                 device: torch.device | None, check: Check):
+        self.vae, self.network, self.device, self.check = vae, network, device or vae.device, check
+        self.encodes = network is vae.encoder
+        tiling = tiling or WHOLE
+        window = (min(size[0], tiling.window or size[0]), *size[1:])
+        self.memory = None
+        if vae.executor == "fast" and engine.knows(network):
+            self.memory = engine.budget(tiling.memory, self.device)
+            tiling = engine.fitting(tiling, self.memory, vae.config, self.encodes, window, vae.dtype, self.device)
+        self.tiling = tiling
+        self.plan = make_plan(*size, tiling)
+
+    @property
+    def passes(self) -> int:
+        """How often each tile is computed: twice where statistics are shared with others."""
+        shared = {"tile": 1, "window": len(self.plan.tiles), "clip": len(self.plan)}[self.tiling.statistics]
+        return 2 if shared > 1 else 1
+
+    def pieces(self, windows: Iterable[tuple[Tensor, int]], step: Callable[[], None]) -> Iterator[Tensor]:
+        """Moments or frames in order, as windows are done; ``windows`` are inputs with the latents shared with the last.
+
+        ``step`` is called after each tile.
+        """
+        statistics = None
+        if self.tiling.statistics == "clip" and self.passes == 2:
+            if not isinstance(windows, list):
+                raise ValueError("Tiling.statistics is 'clip', but the clip is still coming in; statistics of the whole "
+                                 "clip need all of it. Use 'tile' or 'window' here, or encode() and decode().")
+            statistics = engine.Statistics()
+            for x, _ in windows:
+                self._window(x, statistics, step)
+            statistics.pool()
+        keep = self.tiling.shared if self.encodes else frames_of(self.tiling.shared)
+        held = None
+        for x, before in windows:
+            piece = self._window(x, statistics, step)
+            if before and keep == 1:
+                piece = piece[:, :, 1:]
+            elif before:
+                # Weights 0 to (n-1)/n of the new window across what is shared, as tiles have them in space.
+                weight = torch.arange(keep, device=piece.device)[:, None, None] / keep
+                piece[:, :, :keep] = held.float().lerp(piece[:, :, :keep].float(), weight)
+            if keep > 1:
+                held = piece[:, :, -keep:]
+                piece = piece[:, :, :-keep]
+            if piece.shape[2]:
+                yield piece
+        if keep > 1:
+            yield held
+
+    def _window(self, x: Tensor, statistics: engine.Statistics | None, step: Callable[[], None]) -> Tensor:
+        x = x.to(self.device, self.vae.dtype)
+        if self.encodes:
+            x = _pad_to_8(_pad_time(x))
+        if statistics is None and self.tiling.statistics == "window" and len(self.plan.tiles) > 1:
+            statistics = engine.Statistics()
+            for tile in self.plan.tiles:
+                self._tile(x, tile, statistics)
+                step()
+            statistics.pool()
+        return _join(self.plan.tiles, 1 if self.encodes else SPACE_FACTOR,
+                     lambda tile: self._tile(x, tile, statistics), step)
+
+    def _tile(self, x: Tensor, tile: Tile, statistics: engine.Statistics | None) -> Tensor:
+        rows, cols = ((span.pixels() if self.encodes else span.latents()) for span in (tile.rows, tile.cols))
+        return self.vae._compute(self.network, x[..., rows, cols], x.shape[2] == 1, self.memory, self.check, statistics)
 
 
 def _join(tiles: list[Tile], scale: int, compute: Callable[[Tile], Tensor], step: Callable[[], None]) -> Tensor:
@@ -203,24 +299,29 @@ def _join(tiles: list[Tile], scale: int, compute: Callable[[Tile], Tensor], step
     return whole
 
 
-def _windows(parts: Iterable[Tensor], size: int | None, channels: int, expected: str,
-             nothing: str) -> Iterator[tuple[Tensor, int]]:
-    """Re-cut ``parts`` along time into windows of ``size`` that share one; with how many each shares with the last."""
+def _windows(parts: Iterable[Tensor], size: int | None, shared: int, channels: int, expected: str,
+             none: str) -> Iterator[tuple[Tensor, int]]:
+    """Re-cut ``parts`` along time into windows of ``size``; with how many each shares with the last, ``shared`` or 0."""
     held, before = None, 0
     for part in parts:
         _check(part, 5, channels, expected)
         held = part if held is None else torch.cat([held, part], dim=2)
-        # A window is full only once something beyond it is there: its last element opens the next one.
+        # A window is full only once something beyond it is there: its last elements open the next one.
         while size is not None and held.shape[2] > size:
             yield held[:, :, :size], before
-            held, before = held[:, :, size - 1:], 1
+            held, before = held[:, :, size - shared:], shared
     if held is None:
-        raise ValueError(nothing)
+        raise ValueError(none)
     yield held, before
 
 
-def _no_step() -> None:
-    pass
+def _fill(target: Tensor, pieces: Iterable[Tensor]) -> None:
+    """Put ``pieces`` one after the other into ``target``, as far as it reaches in time, height and width."""
+    done = 0
+    for piece in pieces:
+        place = target[:, :, done:done + piece.shape[2]]
+        place.copy_(piece[:, :, :place.shape[2], :place.shape[3], :place.shape[4]])
+        done += piece.shape[2]
 
 
 def _clips(source: Tensor, target: Tensor, mode: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,11 +22,16 @@ def tiling_inputs() -> list[io.Input]:
         io.Int.Input("overlap", default=128, min=0, max=2048, step=8, advanced=True,
                      tooltip="Pixels that neighbouring tiles share and blend. Raise it when you see seams; at most "
                              "half a tile."),
+        io.Float.Input("memory", default=0.0, min=0.0, max=1024.0, step=0.25, optional=True, advanced=True,
+                       tooltip="Gigabytes that computing may take beside the weights; 0 takes what is free. Lower it to "
+                               "leave room for other models. Less memory costs time and changes nothing in the result, "
+                               "as long as the log does not speak of smaller tiles."),
     ]
 
 
-def make_tiling(window: int, tile: int, overlap: int) -> Tiling:
-    return Tiling(window_frames=window, tile_pixels=tile, overlap_pixels=overlap)
+def make_tiling(window: int, tile: int, overlap: int, memory: float) -> Tiling:
+    return Tiling(window_frames=window, tile_pixels=tile, overlap_pixels=overlap,
+                  memory=int(memory * 10 ** 9) if memory else "auto")
 
 
 def require_cv_vae(vae, native_node: str) -> NativeVAE:

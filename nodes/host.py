@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from .. import cvvae
-from ..cvvae import keys
-from ..cvvae.frames import SPACE_FACTOR, TIME_FACTOR, frames_of, latents_of
-from ..cvvae.tiling import WHOLE, Tiling
+from ..cvvae import engine, keys
+from ..cvvae.engine.memory import SMALLEST_TILE, free
+from ..cvvae.frames import SPACE_FACTOR, TIME_FACTOR, frames_of, latent_side, latents_of
+from ..cvvae.tiling import WHOLE, Tiling, parse_memory
 
 log = logging.getLogger(__name__)
 
 # bfloat16 before float32, as the host's own VAEs; never float16 unasked: its range is the one that overflows.
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
-SMALLEST_TILE = 128  # pixels; group norms and attention see too little in smaller ones
-ACTIVATIONS = 6  # tensors of the widest full-resolution layer that live at once: see NativeVAE._bytes
+LEAST_MEMORY = 256 * 2 ** 20  # bytes; with less a pass computes strips again more than it is worth
 
 
 def load_native(source, batch_is: str, dtype: torch.dtype | None = None) -> "NativeVAE":
@@ -37,7 +37,20 @@ def load_native(source, batch_is: str, dtype: torch.dtype | None = None) -> "Nat
     """
     # The host's layers, so that it can stream weights from the offload device.
     model = cvvae.load(source, ops=comfy.ops.disable_weight_init)
+    model.weights_of = host_weights
     return NativeVAE(model, batch_is, dtype)
+
+
+def host_weights(module: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one of the host's layers for computing with ``like``, as the layer itself gets them."""
+    if not (module.comfy_cast_weights or module.weight_function or module.bias_function):
+        return module.weight, module.bias
+    weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
+    try:
+        # The host lends them until the next layer; the engine uses them for a whole walk over a layer.
+        return weight.clone(), bias.clone()
+    finally:
+        comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
 
 def set_host_attributes(vae: comfy.sd.VAE) -> None:
@@ -140,8 +153,9 @@ class NativeVAE(comfy.sd.VAE):
         clip = self.process_input(pixels[..., :3].movedim(-1, -4))
         if pixels.ndim == 4:
             clip = clip[None]
-        posterior = self._run(lambda progress: self.model.encode(clip, mode, progress, self.device),
-                              lambda: self._bytes_encode(mode, clip.shape, self.vae_dtype), tiling, clip.shape[-2:])
+        posterior = self._run(
+            lambda tiling, **callbacks: self.model.encode(clip, mode, device=self.device, tiling=tiling, **callbacks),
+            lambda tiling: self._bytes_encode(mode, clip.shape, self.vae_dtype, tiling), tiling, clip.shape[-2:])
         latents = self._returned(posterior.mode())
         # Contiguous: a copy lets go of the log-variance, which shares the mode's memory.
         return (latents if pixels.ndim == 5 else latents[0].movedim(1, 0)).contiguous()
@@ -158,8 +172,9 @@ class NativeVAE(comfy.sd.VAE):
                 "models: SD 1.x, SD 2.x and SVD have 4, SD 3 has 16. Load the CV-VAE of that family.")
         clips = clips.to(self.output_device)
         pixels = self._run(
-            lambda progress: self.model.decode(clips, frames, size, mode, progress, self.device),
-            lambda: self._bytes_decode(mode, clips.shape, self.vae_dtype), tiling,
+            lambda tiling, **callbacks: self.model.decode(clips, frames, size, mode, device=self.device, tiling=tiling,
+                                                          **callbacks),
+            lambda tiling: self._bytes_decode(mode, clips.shape, self.vae_dtype, tiling), tiling,
             [side * SPACE_FACTOR for side in clips.shape[-2:]])
         self._refuse_overflow(pixels)
         images = self.process_output(self._returned(pixels)).movedim(-4, -1)
@@ -194,38 +209,35 @@ class NativeVAE(comfy.sd.VAE):
         if frames is not None:
             shorter = frames_of(max(2, 1 + (frames - 1) // TIME_FACTOR))
             window = shorter if window is None else min(window, shorter)
-        return Tiling(window, tile, overlap)
+        shared = min(own.overlap_frames, frames_of(1 + ((window or own.overlap_frames) - 1) // 2 // TIME_FACTOR))
+        return dataclasses.replace(own, window_frames=window, tile_pixels=tile, overlap_pixels=overlap,
+                                   overlap_frames=shared)
 
     def _run(self, compute, estimate, tiling: Tiling | None, size):
-        """Call ``compute(progress)`` under ``tiling``; out of device memory, again with smaller pieces."""
+        """Call ``compute(tiling, progress=, check=)``; out of device memory, again with less, then smaller pieces."""
+        management = comfy.model_management
+        device_context = getattr(management, "cuda_device_context", contextlib.nullcontext)
+        tiling = tiling or WHOLE
         while True:
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            management.throw_exception_if_processing_interrupted()
             try:
-                with self._computing(tiling):
-                    comfy.model_management.load_models_gpu([self.patcher], memory_required=estimate(),
-                                                           force_full_load=self.disable_offload)
-                    return compute(Progress())
+                with device_context(self.device):
+                    management.load_models_gpu([self.patcher], memory_required=estimate(tiling),
+                                               force_full_load=self.disable_offload)
+                    return compute(tiling, progress=Progress(),
+                                   check=management.throw_exception_if_processing_interrupted)
             except Exception as error:
-                smaller = smaller_tiling(tiling, *size)
-                if smaller is None or not is_out_of_memory(error):
+                if not is_out_of_memory(error):
+                    raise
+                less = less_demanding(tiling, *size, free(self.device))
+                if less is None:
                     raise
             # Outside the except block: the exception keeps the tensors of the failed pass alive.
-            comfy.model_management.soft_empty_cache()
-            log.warning("CV-VAE ran out of device memory with %s; trying again with %s. Group norms then see less of "
-                        "the picture, so the result differs slightly.", in_words(tiling), in_words(smaller))
-            tiling = smaller
-
-    @contextlib.contextmanager
-    def _computing(self, tiling: Tiling | None):
-        """The model set to ``tiling``, and the host's device made the current one."""
-        device_context = getattr(comfy.model_management, "cuda_device_context", contextlib.nullcontext)
-        model, before = self.model, self.model.tiling
-        model.tiling = tiling
-        try:
-            with device_context(self.device):
-                yield
-        finally:
-            model.tiling = before
+            management.soft_empty_cache()
+            log.warning("CV-VAE ran out of device memory with %s; trying again with %s.%s", in_words(tiling), in_words(less),
+                        "" if same_pieces(tiling, less) else " Group norms then see less of the picture, so the result "
+                        "differs slightly.")
+            tiling = less
 
     def _refuse_overflow(self, pixels: Tensor) -> None:
         if self.vae_dtype == torch.float16 and not torch.isfinite(pixels).all():
@@ -237,36 +249,31 @@ class NativeVAE(comfy.sd.VAE):
 
     def memory_used_encode(self, shape, dtype: torch.dtype) -> int:
         """Bytes to encode images [N, 3, H, W] or clips [B, 3, T, H, W]."""
-        return self._bytes_encode(self.batch_is if len(shape) == 4 else "video", shape, dtype)
+        return self._bytes_encode(self.batch_is if len(shape) == 4 else "video", shape, dtype, self.model.tiling)
 
     def memory_used_decode(self, shape, dtype: torch.dtype) -> int:
         """Bytes to decode latents [t, C, h, w] or [B, C, t, h, w]."""
-        return self._bytes_decode(self.batch_is if len(shape) == 4 else "video", shape, dtype)
+        return self._bytes_decode(self.batch_is if len(shape) == 4 else "video", shape, dtype, self.model.tiling)
 
-    def _bytes_encode(self, mode: str, shape, dtype: torch.dtype) -> int:
+    def _bytes_encode(self, mode: str, shape, dtype: torch.dtype, tiling: Tiling | None) -> int:
         frames = shape[0] if len(shape) == 4 else shape[-3]
-        widest = self.model.config.widths[0]
-        return self._bytes(widest, 1 if mode == "image" else frames, shape[-2], shape[-1], dtype)
+        size = 1 if mode == "image" else latents_of(frames), *map(latent_side, shape[-2:])
+        return self._bytes(True, size, dtype, tiling or WHOLE)
 
-    def _bytes_decode(self, mode: str, shape, dtype: torch.dtype) -> int:
+    def _bytes_decode(self, mode: str, shape, dtype: torch.dtype, tiling: Tiling | None) -> int:
         t = shape[0] if len(shape) == 4 else shape[-3]
-        # The last up-sampler brings level 1's channels to full resolution.
-        widest = max(self.model.config.widths[:2])
-        height, width = (side * SPACE_FACTOR for side in shape[-2:])
-        return self._bytes(widest, 1 if mode == "image" else frames_of(t), height, width, dtype)
+        return self._bytes(False, (1 if mode == "image" else t, *shape[-2:]), dtype, tiling or WHOLE)
 
-    def _bytes(self, widest: int, frames: int, height: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes on the device for one tile's activations beside one window's frames.
-
-        The peak is in the layers at full resolution.  The CPU profiler found 6.0 (encoder) and 4.9 to 6.2
-        (decoder) tensors of the widest one's size there, at 5 and 17 frames and several widths; kernels look
-        two frames into the past, which counts for single frames.
-        """
-        tiling = self.model.tiling or WHOLE
-        frames = min(frames, tiling.window_frames or frames)
-        tile_height, tile_width = (min(side, tiling.tile_pixels or side) for side in (height, width))
-        activations = ACTIVATIONS * widest * (frames + 2) * tile_height * tile_width * dtype.itemsize
-        return activations + 3 * frames * height * width * torch.float32.itemsize
+    def _bytes(self, encodes: bool, size: tuple[int, int, int], dtype: torch.dtype, tiling: Tiling) -> int:
+        """Bytes on the device for one tile's activations beside one window's frames."""
+        t, h, w = size
+        t = min(t, tiling.window or t)
+        side = tiling.tile_pixels // SPACE_FACTOR if tiling.tile_pixels else max(h, w)
+        tile = engine.footprint(self.model.config, encodes, (t, min(h, side), min(w, side)), dtype, self.device)
+        window = 3 * frames_of(t) * h * w * SPACE_FACTOR ** 2 * torch.float32.itemsize
+        memory = parse_memory(tiling.memory)
+        needed = tile.kept() + tile.scratch(memory if isinstance(memory, int) else None)
+        return (min(needed, memory) if isinstance(memory, int) else needed) + window
 
 
 class Progress:
@@ -290,9 +297,17 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, management.OOM_EXCEPTION)
 
 
-def smaller_tiling(tiling: Tiling | None, height: int, width: int) -> Tiling | None:
-    """What to try when ``tiling`` did not fit for frames of this size: half the tile, then half the window."""
-    tiling = tiling or WHOLE
+def less_demanding(tiling: Tiling, height: int, width: int, unused: int | None) -> Tiling | None:
+    """What to try when ``tiling`` did not fit for frames of this size.
+
+    First less memory for the same pieces, which costs time only; then half the tile, then half the window.
+    unused: bytes that the device could still give.
+    """
+    memory = parse_memory(tiling.memory)
+    if not isinstance(memory, int):
+        memory = unused
+    if memory is not None and memory // 2 >= LEAST_MEMORY:
+        return dataclasses.replace(tiling, memory=max(LEAST_MEMORY, memory // 4))
     side = max(height, width)
     tile = min(side, tiling.tile_pixels or side)
     if tile > SMALLEST_TILE:
@@ -302,11 +317,16 @@ def smaller_tiling(tiling: Tiling | None, height: int, width: int) -> Tiling | N
     latents = latents_of(tiling.window_frames or 17)
     if latents <= 2:
         return None
-    return dataclasses.replace(tiling, window_frames=frames_of(1 + latents // 2 if latents > 3 else 2))
+    window = frames_of(1 + latents // 2 if latents > 3 else 2)
+    return dataclasses.replace(tiling, window_frames=window, overlap_frames=1)
 
 
-def in_words(tiling: Tiling | None) -> str:
-    tiling = tiling or WHOLE
+def same_pieces(one: Tiling, other: Tiling) -> bool:
+    return dataclasses.replace(one, memory=None) == dataclasses.replace(other, memory=None)
+
+
+def in_words(tiling: Tiling) -> str:
     window = "the whole clip" if tiling.window_frames is None else f"{tiling.window_frames} frames"
     tile = "untiled" if tiling.tile_pixels is None else f"in tiles of {tiling.tile_pixels} pixels"
-    return f"{window} at a time, {tile}"
+    memory = f" and {tiling.memory // 10 ** 6} MB" if isinstance(tiling.memory, int) else ""
+    return f"{window} at a time, {tile}{memory}"

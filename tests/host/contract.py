@@ -383,19 +383,63 @@ def failing(model, error, after):
 
 
 @check
-def out_of_memory_is_retried_with_smaller_tiles():
+def out_of_memory_is_retried_with_less_memory_first():
+    vae = load()
+    latents = vae.encode(clip(5, 16, 168))
+    expected = vae.decode(latents)
+    mend, calls = failing(model_of(vae), host.management.OOM_EXCEPTION("faked"), 1)
+    with Messages() as messages:
+        close(vae.decode(latents), expected)
+    mend()
+    assert len(calls) == 2 and calls[0] == calls[1], f"tiles {calls}"
+    assert any("out of device memory" in text and "differs" not in text for text in messages.texts), messages.texts
+
+
+@check
+def out_of_memory_is_retried_with_smaller_tiles_then():
     vae = load()
     latents = vae.encode(clip(5, 16, 168))
     with tiling(vae, tile_pixels=128, overlap_pixels=32):
         expected = vae.decode(latents)
-    messages = Messages()
-    mend, calls = failing(model_of(vae), host.management.OOM_EXCEPTION("faked"), 1)
-    with messages:
+    forward = model_of(vae).decoder.forward
+
+    def broken(z):
+        if max(z.shape[-2:]) > 16:
+            raise host.management.OOM_EXCEPTION("faked")
+        return forward(z)
+
+    model_of(vae).decoder.forward = broken
+    with Messages() as messages:
         close(vae.decode(latents), expected)
-    mend()
-    assert len(calls) > 1 and max(calls[1][-2:]) == 16, f"tiles {calls}"
-    assert any("out of device memory" in text for text in messages.texts), messages.texts
+    del model_of(vae).decoder.forward
+    assert any("tiles of 128 pixels" in text and "differs" in text for text in messages.texts), messages.texts
     assert model_of(vae).tiling == host.cvvae.Tiling(), "the smaller tiles stayed"
+
+
+@check
+def less_memory_changes_no_number_and_cancel_works_within_a_window():
+    vae = load()
+    latents = vae.encode(clip(5, 48, 48))
+    expected = vae.decode(latents)
+    checks = []
+    with tiling(vae, memory=host.cvvae.tiling.SMALLEST_MEMORY):
+        close(vae.decode(latents), expected)
+    before = host.management.throw_exception_if_processing_interrupted
+
+    def cancelled():
+        checks.append(None)
+        if len(checks) > 10:
+            raise host.management.InterruptProcessingException()
+
+    host.management.throw_exception_if_processing_interrupted = cancelled
+    try:
+        vae.decode(latents)
+        raise AssertionError("not cancelled")
+    except host.management.InterruptProcessingException:
+        pass
+    finally:
+        host.management.throw_exception_if_processing_interrupted = before
+    close(vae.decode(latents), expected, 0)
 
 
 @check
@@ -423,6 +467,7 @@ class Messages(logging.Handler):
 
     def __enter__(self):
         logging.getLogger().addHandler(self)
+        return self
 
     def __exit__(self, *_):
         logging.getLogger().removeHandler(self)
@@ -449,7 +494,7 @@ def cancel_is_honoured_between_pieces_and_harms_nothing():
     except host.management.InterruptProcessingException:
         pass
     finally:
-        model_of(vae).decoder.forward = forward
+        del model_of(vae).decoder.forward
         host.management.interrupt_current_processing(False)
     assert len(calls) == 2, f"{len(calls)} windows were computed"
     close(vae.decode(latents), expected, 0)

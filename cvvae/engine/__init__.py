@@ -1,0 +1,51 @@
+"""The fast engine: another executor of the definition in :mod:`cvvae.model`, for inference.
+
+Read :mod:`.executor` first: the walk through the layers; :mod:`.activation` and :mod:`.store`: how their
+outputs are kept; :mod:`.kernels` and :mod:`.winograd`: convolutions; :mod:`.memory`: sizes.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ..frames import frames_of
+from ..model import Decoder, Encoder
+from .activation import Statistics
+from .executor import Executor, Weights, own_weights
+from .memory import Footprint, budget, fitting, footprint
+
+__all__ = ["Footprint", "Statistics", "Weights", "budget", "fitting", "footprint", "knows", "own_weights", "run"]
+
+
+LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def knows(network: nn.Module) -> bool:
+    """Whether ``network`` is the definition's and nobody watches its layers.
+
+    A network or layer put in its place, or one with hooks, is there to be called: the engine leaves it alone.
+    """
+    return type(network) in (Encoder, Decoder) and not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        or not (isinstance(module, LAYERS) or next(module.children(), None) is not None) for module in network.modules())
+
+
+def run(network: Encoder | Decoder, x: Tensor, stills: bool, memory: int | None, check: Callable[[], None],
+        weights: Weights, statistics: Statistics | None = None) -> Tensor:
+    """What ``network(x)`` gives for [1, C, T, H, W]; ``stills`` are T independent images.
+
+    memory: bytes to compute in, beside weights, ``x`` and the result; None for no limit.
+    check: called after every strip; may raise to cancel.
+    statistics: what group norms share with other calls.
+    """
+    encodes = isinstance(network, Encoder)
+    frames, height, width = x.shape[2:]
+    if encodes:
+        channels = widest = network.conv_in.out_channels
+    else:
+        channels, widest = network.norm_out.num_channels, network.up[0].block[0].norm1.num_channels
+        frames, height, width = frames if stills else frames_of(frames), 8 * height, 8 * width
+    tile = Footprint(frames, height, width, channels, widest, x.element_size(), x.device.type)
+    limit = None if memory is None else max(0, memory - tile.scratch(memory))
+    executor = Executor(tile.strip_rows(memory), stills, limit, check, weights, statistics)
+    return executor.encode(network, x) if encodes else executor.decode(network, x)

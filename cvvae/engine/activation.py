@@ -1,0 +1,212 @@
+"""Activations that need not be in memory: kept in strips of rows while there is room, made again when not.
+
+A group norm needs the statistics of a whole window before its first value can be normalised; nothing else
+ties far-apart rows of a window together.  So each layer's output is walked once, strip by strip, to be
+measured, and what was made is kept for the next layer as far as there is room.  A strip that could not be
+kept is computed again from what was: the numbers are the same however little room there is.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .store import Store
+
+Compute = Callable[[int, int], Tensor]
+RESERVE = 3  # strips
+
+
+class Moments:
+    """Sums over rows, and over frames unless ``by_frame``, of an activation's channels, as strips come in."""
+
+    def __init__(self, by_frame: bool):
+        self.dims = (2, 3) if by_frame else (0, 2, 3)
+        self.count = 0
+        self.pilot: Tensor | None = None
+
+    def add(self, strip: Tensor) -> None:
+        x = strip.float()
+        if self.pilot is None:
+            # Squares are summed around a first guess of the mean; around zero they would lose the digits that count.
+            self.pilot = x.mean(self.dims, keepdim=True)
+            self.first = self.second = 0
+        x = x - self.pilot
+        self.first = self.first + _exact(x.sum(self.dims, keepdim=True))
+        self.second = self.second + _exact(x.square_().sum(self.dims, keepdim=True))
+        self.count += x.numel() // self.pilot.numel()
+
+    def mean_and_square(self) -> tuple[Tensor, Tensor]:
+        """Mean of x and of x squared, [1 or T, C, 1, 1]."""
+        pilot = _exact(self.pilot)
+        first, second = self.first / self.count, self.second / self.count
+        return pilot + first, second + 2 * pilot * first + pilot.square()
+
+
+class Statistics:
+    """Group-norm statistics pooled over several runs of one network: tiles of a window, or all of a clip.
+
+    First every run is made once and recorded; after :meth:`pool` the same runs use what was recorded.  What
+    is pooled was measured behind norms that still used their own statistics.
+    """
+
+    def __init__(self):
+        self.sums: list[tuple[Tensor, Tensor, int]] = []
+        self.pooled = False
+
+    def pool(self) -> None:
+        self.pooled = True
+
+    def exchange(self, index: int, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Mean and mean square that norm number ``index`` of the network is to use."""
+        mean, square = moments.mean_and_square()
+        if not self.pooled:
+            sums = mean * moments.count, square * moments.count, moments.count
+            if index == len(self.sums):
+                self.sums.append(sums)
+            else:
+                self.sums[index] = tuple(old + new for old, new in zip(self.sums[index], sums, strict=True))
+            return mean, square
+        mean, square, count = self.sums[index]
+        return mean / count, square / count
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In double precision, where the device has it."""
+    return x if x.device.type == "mps" else x.double()
+
+
+class Activation:
+    """One layer's output [T, C, H, W].
+
+    strip: rows of a strip; the last one may be lower.
+    compute: (first row, row behind the last) -> [T, C, rows, W]; None where all is kept from the start.
+    like: a tensor of its dtype and device.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], strip: int, compute: Compute | None, like: Tensor,
+                 by_frame: bool):
+        self.shape = shape
+        self.strip = strip
+        self.compute = compute
+        self.like = like.new_empty(0)
+        self.moments = Moments(by_frame)
+        self.kept: list[Tensor | None] = [None] * -(-shape[2] // strip)
+        # What was computed last without being kept: the next strip's kernels look back at it.
+        self.recent: deque[tuple[int, Tensor]] = deque(maxlen=2)
+        self.superseded: Sequence[Activation] = ()  # needed only to compute this one, see settle
+
+    def rows_of(self, index: int) -> tuple[int, int]:
+        return index * self.strip, min((index + 1) * self.strip, self.shape[2])
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Rows ``start`` to ``stop`` as (first row, [T, C, rows, W]), in order."""
+        row = start
+        while row < stop:
+            piece = self._at_hand(row, stop)
+            if piece is None:
+                # No more than a strip at a time: a request from a smaller layer can span many.
+                end = row + 1
+                while end < min(stop, row + self.strip) and self.kept[end // self.strip] is None:
+                    end += 1
+                piece = self.compute(row, end)
+                self.recent.append((row, piece))
+            yield row, piece
+            row += piece.shape[2]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The same in one tensor."""
+        pieces = [piece for _, piece in self.pieces(start, stop)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+    def _at_hand(self, row: int, stop: int) -> Tensor | None:
+        """Rows from ``row`` on that need no computing, as far as they lie in one tensor."""
+        index, offset = divmod(row, self.strip)
+        if self.kept[index] is not None:
+            return self.kept[index][:, :, offset:offset + stop - row]
+        for first, tensor in self.recent:
+            if first <= row < first + tensor.shape[2]:
+                return tensor[:, :, row - first:stop - first]
+        return None
+
+    def keep(self, x: Tensor, store: Store) -> "Activation":
+        """Hold and measure ``x``, all of this activation, whether or not ``store`` has room."""
+        for i in range(len(self.kept)):
+            self.kept[i] = store.keep(x[:, :, slice(*self.rows_of(i))])
+            self.moments.add(self.kept[i])
+        return self
+
+    def bytes_kept(self, start: int, stop: int, height: int) -> int:
+        """Bytes kept of rows ``start`` to ``stop``, counted where this activation has ``height`` rows."""
+        scale = height / self.shape[2]
+        return sum(piece.nbytes for i, piece in enumerate(self.kept) if piece is not None
+                   and start < self.rows_of(i)[1] * scale <= stop)
+
+    def release(self, index: int, store: Store) -> None:
+        if self.kept[index] is not None:
+            store.release(self.kept[index])
+            self.kept[index] = None
+
+    def drop(self, store: Store) -> None:
+        """Let go of everything, here and in what only this was computed from."""
+        for index in range(len(self.kept)):
+            self.release(index, store)
+        self.recent.clear()
+        self.computed(store)
+
+    def computed(self, store: Store) -> None:
+        """Nothing will be computed any more: let go of what that takes, kernels included."""
+        self.compute = None
+        superseded, self.superseded = self.superseded, ()
+        for parent in superseded:
+            parent.drop(store)
+
+
+def settle(made: Sequence[Activation], parents: Sequence[Activation], store: Store, check: Callable[[], None],
+           result: bool = False) -> None:
+    """Walk every strip of the activations ``made`` (of equal height): measure it, and keep it if ``store`` has room.
+
+    parents: what only these are made of: their strips go when what is made of them is kept.
+    check: called after every strip; may raise to cancel.
+    result: this is what the network gives: not measured, and kept in any case.
+    """
+    for activation in made:
+        activation.superseded = parents
+    count, height = len(made[0].kept), made[0].shape[2]
+    for i in range(count):
+        rows = made[0].rows_of(i)
+        pieces = [activation.rows(*rows) for activation in made]
+        size = sum(piece.nbytes for piece in pieces)
+        # What takes the place of its parents may fill the store; else room stays for those that will.
+        replaced = sum(parent.bytes_kept(*rows, height) for parent in parents)
+        if result or store.has_room(size if replaced >= size else (1 + RESERVE) * size):
+            for activation, piece in zip(made, pieces, strict=True):
+                activation.kept[i] = store.keep(piece)
+        if not result:
+            for activation, piece in zip(made, pieces, strict=True):
+                activation.moments.add(piece)
+        del pieces
+        # The kernels of the next strip still look back at the rows under this one.
+        finished = rows[i == count - 1]
+        for parent in parents:
+            _release(parent, made, i, finished, store)
+        check()
+    for activation in (*made, *parents):
+        activation.recent.clear()
+    if all(piece is not None for activation in made for piece in activation.kept):
+        for activation in made:
+            activation.computed(store)
+
+
+def _release(parent: Activation, made: Sequence[Activation], newest: int, finished: int, store: Store) -> None:
+    """Let go of strips of ``parent`` above row ``finished`` of ``made`` where these, and their neighbours, are kept."""
+    strip = made[0].strip
+    scale = made[0].shape[2] / parent.shape[2]
+    for i in range(len(parent.kept)):
+        first, last = (row * scale for row in parent.rows_of(i))
+        if last > finished:
+            break
+        near = range(max(0, int(first) // strip - 1), min(newest, -(-int(last) // strip)) + 1)
+        if all(activation.kept[k] is not None for activation in made for k in near):
+            parent.release(i, store)

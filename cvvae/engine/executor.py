@@ -1,0 +1,273 @@
+"""Runs an encoder or decoder of :mod:`cvvae.model` without gradients: the same numbers, faster, in bounded memory.
+
+It walks the same modules in the same order and differs in how each layer is computed:
+
+* Activations are [T, C, H, W] and come in strips of rows, see :mod:`.activation`; the padded input of a
+  convolution is written once, normalised and activated on the way.
+* Up-sampling and the convolution behind it are one step over the small picture, and frames that a temporal
+  up-sampler would drop are not made.
+* Independent images ("stills") use kernels folded to two dimensions, and statistics by frame.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model import Decoder, Downsample, Encoder, Padding, ResnetBlock, SpatialAttention, Upsample
+from . import kernels
+from .activation import Activation, Compute, Statistics, settle
+from .store import Store
+
+Weights = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+
+
+def own_weights(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``module`` as they are; a host that keeps weights elsewhere has its own way."""
+    return module.weight, module.bias
+
+
+@dataclass(frozen=True)
+class Border:
+    """What a convolution's input gets around it: pixels and frames before and behind, and what they hold."""
+
+    space: tuple[int, int]
+    space_mode: str  # "zeros" | "replicate"
+    time: tuple[int, int] = (0, 0)
+    time_mode: str = "replicate"
+
+
+class Executor:
+    """One pass of a clip through an encoder or a decoder.
+
+    strip_rows: (frames, width) of a layer -> rows of a strip.
+    stills: the frames are independent images, not a clip.
+    memory: bytes that kept activations may take; None for no limit.
+    check: called after every strip; may raise to cancel.
+    weights: where layers' weights come from.
+    statistics: what group norms share with other passes.
+    """
+
+    def __init__(self, strip_rows: Callable[[int, int], int], stills: bool = False, memory: int | None = None,
+                 check: Callable[[], None] = lambda: None, weights: Weights = own_weights,
+                 statistics: Statistics | None = None):
+        self.strip_rows = strip_rows
+        self.stills = stills
+        self.store = Store(memory)
+        self.check = check
+        self.weights = weights
+        self.statistics = statistics
+        self.norms = 0
+
+    def encode(self, encoder: Encoder, clip: Tensor) -> Tensor:
+        """[1, 3, T, H, W] -> moments [1, 2C, t, h, w]; of stills, t = T."""
+        x = self._input(clip)
+        x = self._settle(self._convolved(encoder.conv_in, x, encoder.padding), x)
+        for level in encoder.down:
+            for block in level.block:
+                x = self._block(block, x)
+            if hasattr(level, "downsample"):
+                x = self._settle(self._downsampled(level.downsample, x), x)
+        x = self._middle(encoder.mid, x)
+        return self._output(self._convolved(encoder.conv_out, x, encoder.padding, encoder.norm_out), x)
+
+    def decode(self, decoder: Decoder, latents: Tensor) -> Tensor:
+        """[1, C, t, h, w] -> [1, 3, 4t - 3, 8h, 8w]; of stills, T = t."""
+        if hasattr(decoder, "latent_shift"):
+            latents = latents - decoder.latent_shift.to(latents)[:, None, None, None]
+        x = self._input(latents)
+        x = self._settle(self._convolved(decoder.conv_in, x, decoder.padding), x)
+        x = self._middle(decoder.mid, x)
+        for level in reversed(decoder.up):
+            for block in level.block:
+                x = self._block(block, x)
+            if hasattr(level, "upsample"):
+                x = self._settle(self._upsampled(level.upsample, x), x)
+        return self._output(self._convolved(decoder.conv_out, x, decoder.padding, decoder.norm_out), x)
+
+    # -- blocks --------------------------------------------------------------------------------------
+
+    def _middle(self, mid: nn.Module, x: Activation) -> Activation:
+        return self._block(mid.block_2, self._attended(mid.attn_1, self._block(mid.block_1, x)))
+
+    def _block(self, block: ResnetBlock, x: Activation) -> Activation:
+        h = self._convolved(block.conv1, x, block.padding, block.norm1)
+        if not hasattr(block, "nin_shortcut"):
+            shortcut = x
+            self._settle(h)
+        else:
+            weight, bias = self.weights(block.nin_shortcut, h.like)
+            weight = weight.flatten(2)[..., None]
+            shortcut = self._layer(h.shape, lambda start, stop: F.conv2d(given.rows(start, stop), weight, bias), h.like)
+            given = x
+            if weight.shape[0] < weight.shape[1]:
+                # Smaller than its input, which can go while the first convolution runs.
+                settle([h, shortcut], [x], self.store, self.check)
+                x = shortcut
+            else:
+                self._settle(h)
+        convolved = self._convolved(block.conv2, h, block.padding, block.norm2)
+
+        def total(start: int, stop: int) -> Tensor:
+            out = convolved.compute(start, stop)
+            for row, piece in shortcut.pieces(start, stop):
+                out[:, :, row - start:row - start + piece.shape[2]] += piece
+            return out
+
+        return self._settle(self._layer(h.shape, total, h.like), x, h)
+
+    def _attended(self, attention: SpatialAttention, x: Activation) -> Activation:
+        """Run as the module defines it: this is the smallest layer, and each position looks at all others."""
+        whole = x.rows(0, x.shape[2])
+        if self.stills:
+            out = attention(whole[:, :, None])[:, :, 0]
+        else:
+            out = attention(whole.transpose(0, 1)[None])[0].transpose(0, 1)
+        attended = self._layer(x.shape, None, out).keep(out, self.store)
+        x.drop(self.store)
+        return attended
+
+    # -- layers --------------------------------------------------------------------------------------
+
+    def _convolved(self, conv: nn.Module, x: Activation, padding: Padding, norm: nn.Module | None = None) -> Activation:
+        """``conv`` of ``x``, which is normalised and activated first where there is a ``norm``."""
+        if isinstance(conv, nn.Conv2d):
+            border = Border((1, 1), "zeros")
+        else:
+            border = Border((1, 1), padding.space_mode, padding.time, padding.time_mode)
+        kernel, bias, border = self._kernel(conv, border, x.like)
+        affine = None if norm is None else self._affine(norm, x)
+        frames, _, height, width = x.shape
+
+        def compute(start: int, stop: int) -> Tensor:
+            return kernels.convolve(self._bordered(x, start - 1, stop + 1, border, affine), kernel, bias)
+
+        return self._layer((frames, kernel.shape[0], height, width), compute, x.like)
+
+    def _downsampled(self, down: Downsample, x: Activation) -> Activation:
+        border = Border(down.space, down.space_mode, (2, 0) if down.temporal else (0, 0))
+        kernel, bias, border = self._kernel(down.conv, border, x.like)
+        time = 1 if self.stills or not down.temporal else down.conv.stride[0]
+        frames, channels, height, width = x.shape
+        before, behind = down.space
+        small = [(side + before + behind - 3) // 2 + 1 for side in (height, width)]
+
+        def compute(start: int, stop: int) -> Tensor:
+            rows = self._bordered(x, 2 * start - before, 2 * stop + 1 - before, border)
+            return kernels.convolve(rows, kernel, bias, (time, 2))
+
+        return self._layer(((frames - 1) // time + 1, channels, *small), compute, x.like)
+
+    def _upsampled(self, up: Upsample, x: Activation) -> Activation:
+        border = Border((1, 1), up.space_mode, (1, 1) if up.temporal else (0, 0))
+        kernel, bias, border = self._kernel(up.conv, border, x.like)
+        frames, channels, height, width = x.shape
+        if not up.time:
+            parts = [(kernel, bias, 0, slice(None))]  # kernel, bias, first padded frame seen, frames made
+        else:
+            # Each frame becomes two, but the first of the first is dropped and so never made.
+            second = (kernel[channels:], bias[channels:], 0, slice(0, None, 2))
+            first = (kernel[:channels], bias[:channels], 1, slice(1, None, 2))
+            if self.stills:
+                parts = [(*second[:3], slice(None))]
+            else:
+                parts = [second, first][:frames]
+                frames = 2 * frames - 1
+
+        def compute(start: int, stop: int) -> Tensor:
+            low, high = start // 2, -(-stop // 2)
+            rows = self._bordered(x, low - 1, high + 1, border)
+            out = kernels.empty(rows, frames, channels, 2 * (high - low), 2 * width)
+            for part, part_bias, offset, made in parts:
+                for row, column in product((0, 1), (0, 1)):
+                    seen = rows[offset:, :, row:row + high - low + 1, column:column + width + 1]
+                    folded = kernels.upsampled(part, row, column)
+                    out[made, :, row::2, column::2] = kernels.convolve(seen, folded, part_bias)
+            return out[:, :, start - 2 * low:stop - 2 * low]
+
+        return self._layer((frames, channels, 2 * height, 2 * width), compute, x.like)
+
+    # -- pieces of layers ----------------------------------------------------------------------------
+
+    def _kernel(self, conv: nn.Module, border: Border, like: Tensor) -> tuple[Tensor, Tensor, Border]:
+        """[K, C, kt, kh, kw] and bias, folded for stills; and the border that is left."""
+        weight, bias = self.weights(conv, like)
+        if weight.ndim == 4:
+            weight = weight[:, :, None]
+        if self.stills:
+            weight = kernels.for_stills(weight, border.time_mode, border.time[0])
+            border = Border(border.space, border.space_mode)
+        return weight, bias, border
+
+    def _affine(self, norm: nn.Module, x: Activation) -> tuple[Tensor, Tensor]:
+        """Group norm as a factor and a summand for each channel (and frame, for stills)."""
+        weight, bias = self.weights(norm, x.like)
+        if self.statistics is None:
+            mean, square = x.moments.mean_and_square()
+        else:
+            mean, square = self.statistics.exchange(self.norms, x.moments)
+            self.norms += 1
+        grouped = (mean.shape[0], norm.num_groups, -1)
+        mean, square = (value.reshape(grouped).mean(-1, keepdim=True) for value in (mean, square))
+        scale = ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
+        scale = weight.to(scale).reshape(grouped[1:]) * scale
+        shift = bias.to(scale).reshape(grouped[1:]) - mean * scale
+        return tuple(value.flatten(1).float()[:, :, None, None] for value in (scale, shift))
+
+    def _bordered(self, x: Activation, start: int, stop: int, border: Border,
+                  affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Rows ``start`` to ``stop`` of ``x``, which may lie outside it, with ``border``; through norm and SiLU."""
+        frames, channels, height, width = x.shape
+        (left, right), (front, back) = border.space, border.time
+        out = kernels.empty(x.like, front + frames + back, channels, stop - start, left + width + right)
+        inner = out[front:front + frames, ..., left:left + width]
+        top, bottom = max(start, 0), min(stop, height)
+        for row, piece in x.pieces(top, bottom):
+            place = inner[:, :, row - start:row - start + piece.shape[2]]
+            if affine is None:
+                place.copy_(piece)
+            else:
+                scale, shift = affine
+                F.silu(torch.addcmul(shift, piece, scale, out=place), inplace=True)
+        clip = out[front:front + frames]
+        top, bottom = top - start, bottom - start
+        _fill(clip[:, :, top:bottom], 3, left, left + width, border.space_mode)
+        _fill(clip, 2, top, bottom, border.space_mode)
+        _fill(out, 0, front, front + frames, border.time_mode)
+        return out
+
+    # -- activations ---------------------------------------------------------------------------------
+
+    def _layer(self, shape: tuple[int, int, int, int], compute: Compute | None, like: Tensor) -> Activation:
+        return Activation(shape, self.strip_rows(shape[0], shape[3]), compute, like, self.stills)
+
+    def _input(self, x: Tensor) -> Activation:
+        """[1, C, T, H, W], all there from the start."""
+        x = x[0].transpose(0, 1)
+        return self._layer(tuple(x.shape), None, x).keep(x, self.store)
+
+    def _settle(self, made: Activation, *parents: Activation) -> Activation:
+        settle([made], parents, self.store, self.check)
+        return made
+
+    def _output(self, made: Activation, x: Activation) -> Tensor:
+        """All of ``made`` as [1, C, T, H, W]."""
+        settle([made], [x], self.store, self.check, result=True)
+        whole = torch.cat(made.kept, dim=2).transpose(0, 1)[None].contiguous()
+        made.drop(self.store)
+        return whole
+
+
+def _fill(x: Tensor, dim: int, start: int, stop: int, mode: str) -> None:
+    """Fill what of ``x`` lies before ``start`` and from ``stop`` on, along ``dim``."""
+    for place, edge in ((slice(0, start), start), (slice(stop, None), stop - 1)):
+        outside = x[(slice(None),) * dim + (place,)]
+        if outside.numel() == 0:
+            continue
+        if mode == "zeros":
+            outside.zero_()
+        else:
+            outside.copy_(x.narrow(dim, edge, 1).expand_as(outside))

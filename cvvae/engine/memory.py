@@ -1,0 +1,123 @@
+"""How much memory computing takes, and how large strips and tiles may be for it.
+
+Counted for one tile of one window at full resolution, where nearly all of it is.  The factors were measured
+on the CPU (``benchmarks/memory.py``) at several sizes, widths and budgets.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from ..config import Config
+from ..frames import SPACE_FACTOR, frames_of
+from ..tiling import Tiling, parse_memory
+
+log = logging.getLogger(__name__)
+
+# A strip of a full-resolution layer: on the CPU what its caches hold; elsewhere enough to keep a GPU busy.
+STRIP_BYTES = {"cpu": 16 * 10 ** 6}
+STRIP_BYTES_ELSEWHERE = 256 * 10 ** 6
+LOWEST_STRIP = 4  # rows; lower ones are mostly border
+SCRATCH_STRIPS = 12  # strips of the widest layer that a chain of layers has in flight
+SCRATCH = 96 * 2 ** 20  # kernels being folded and what the libraries set aside
+FREE_SHARE = 0.8  # of what is free on a GPU; other programs draw there too
+FREE_SHARE_CPU = 0.5
+SMALLEST_TILE = 128  # pixels; group norms and attention see too little in smaller ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """One tile: frames, height and width in pixels, channels at full resolution, bytes per value."""
+
+    frames: int
+    height: int
+    width: int
+    channels: int  # of the residual blocks
+    widest: int  # what a decoder's last up-sampler brings there
+    itemsize: int
+    device: str
+
+    def strip_rows(self, memory: int | None) -> Callable[[int, int], int]:
+        """(frames, width) of a layer -> rows of a strip, a multiple of four."""
+        size = STRIP_BYTES.get(self.device, STRIP_BYTES_ELSEWHERE)
+        if memory is not None:
+            size = min(size, memory // (4 * SCRATCH_STRIPS))
+
+        def rows(frames: int, width: int) -> int:
+            row = frames * width * self.channels * self.itemsize
+            return max(LOWEST_STRIP, size // row // LOWEST_STRIP * LOWEST_STRIP)
+
+        return rows
+
+    def scratch(self, memory: int | None) -> int:
+        """Bytes in flight while a strip is computed."""
+        rows = min(self.height, self.strip_rows(memory)(self.frames, self.width) + 2)
+        return SCRATCH + SCRATCH_STRIPS * self.frames * rows * self.width * self.channels * self.itemsize
+
+    def kept(self) -> int:
+        """Bytes of activations at the peak when all that is needed again is kept."""
+        return self.frames * self.height * self.width * max(self.widest, 2 * self.channels) * self.itemsize
+
+    def least(self) -> int:
+        """Bytes below which computing strips again would cost more than smaller tiles do.
+
+        Then not even what the last up-sampler starts from (an eighth of its result) could be kept.
+        """
+        return self.scratch(0) + self.kept() // 4
+
+
+def footprint(config: Config, encodes: bool, size: tuple[int, int, int], dtype: torch.dtype,
+              device: torch.device) -> Footprint:
+    """Of a tile of ``size`` = t, h, w latents."""
+    t, h, w = size
+    widest = config.widths[0] if encodes else max(config.widths[:2])
+    return Footprint(frames_of(t), h * SPACE_FACTOR, w * SPACE_FACTOR, config.widths[0], widest, dtype.itemsize,
+                     device.type)
+
+
+def budget(memory: int | str | None, device: torch.device) -> int | None:
+    """Bytes that a :class:`Tiling`'s ``memory`` means on ``device`` now; None is no limit."""
+    memory = parse_memory(memory)
+    return free(device) if memory == "auto" else memory
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that may be used on ``device``; None where it cannot be asked."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available * FREE_SHARE_CPU)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((torch.cuda.mem_get_info(device)[0] + unused) * FREE_SHARE)
+    if device.type == "mps":
+        return int((torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) * FREE_SHARE)
+    return None
+
+
+def fitting(tiling: Tiling, memory: int | None, config: Config, encodes: bool, size: tuple[int, int, int],
+            dtype: torch.dtype, device: torch.device) -> Tiling:
+    """``tiling``, or if its tiles cannot be computed within ``memory``, the same with smaller ones; the log says so.
+
+    size: of a whole window, t, h, w in latents.
+    """
+    if memory is None:
+        return tiling
+    t, h, w = size
+    side = min(tiling.tile_pixels or SPACE_FACTOR * max(h, w), SPACE_FACTOR * max(h, w))
+
+    def fits(side: int) -> bool:
+        tile = (t, *(min(latents, side // SPACE_FACTOR) for latents in (h, w)))
+        return footprint(config, encodes, tile, dtype, device).least() <= memory
+
+    smaller = side
+    while smaller > SMALLEST_TILE and not fits(smaller):
+        smaller -= SPACE_FACTOR
+    if smaller == side:
+        return tiling
+    overlap = min(tiling.overlap_pixels, smaller // 4 // SPACE_FACTOR * SPACE_FACTOR)
+    log.warning("CV-VAE has %d MB to work with, too little for tiles of %d pixels (%d frames, %s); using tiles of %d. "
+                "Group norms then see less of the picture, so the result differs slightly.", memory // 10 ** 6, side,
+                frames_of(t), str(dtype).removeprefix("torch."), smaller)
+    return dataclasses.replace(tiling, tile_pixels=smaller, overlap_pixels=overlap)

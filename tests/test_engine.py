@@ -1,0 +1,244 @@
+"""The fast executor gives the definition's numbers, however little memory it has and however it is cut."""
+
+import pytest
+import torch
+from compare import distance
+from random_weights import VARIANTS, noise, video_clip, video_vae
+from torch import nn
+
+import cvvae
+from cvvae import engine
+from cvvae.engine import kernels, winograd
+from cvvae.engine.executor import Executor
+from cvvae.engine.store import Arena, Store
+
+WHOLE = cvvae.Tiling(None, None)
+
+
+@pytest.fixture(params=VARIANTS)
+def vae(request):
+    vae = video_vae(request.param)
+    vae.tiling = WHOLE
+    return vae
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def latents_for(vae, t: int, h: int, w: int):
+    return noise(1, vae.config.latent_channels, t, h, w)
+
+
+class TestExecutors:
+    SIZES = [(1, 6, 5), (2, 3, 4), (3, 9, 3), (5, 5, 6)]
+
+    @pytest.mark.parametrize("t, h, w", SIZES)
+    def test_decode(self, vae, t, h, w):
+        z = latents_for(vae, t, h, w)
+        fast = vae.decode(z)
+        vae.executor = "plain"
+        assert distance(fast, vae.decode(z)) < 2e-5
+
+    @pytest.mark.parametrize("t, h, w", SIZES)
+    def test_encode(self, vae, t, h, w):
+        clip = video_clip(4 * t - 3, 8 * h, 8 * w)
+        fast = vae.encode(clip)
+        vae.executor = "plain"
+        plain = vae.encode(clip)
+        assert distance(fast.mean, plain.mean) < 2e-5
+        assert distance(fast.logvar, plain.logvar) < 2e-5
+
+    @pytest.mark.parametrize("mode", ["video", "image"])
+    def test_windows_tiles_and_images(self, vae, mode):
+        tiling = cvvae.Tiling(9, 32, 16)
+        clip = video_clip(14, 44, 36)
+        fast = vae.encode(clip, mode, tiling=tiling).mean
+        decoded = vae.decode(fast, mode=mode, tiling=tiling)
+        vae.executor = "plain"
+        assert distance(fast, vae.encode(clip, mode, tiling=tiling).mean) < 2e-5
+        assert distance(decoded, vae.decode(fast, mode=mode, tiling=tiling)) < 2e-5
+
+    def test_image_vae(self):
+        image_vae = cvvae.load_image_vae("tiny")
+        images = noise(9, 3, 40, 24).clamp(-1, 1)
+        latents, decoded = image_vae.encode(images).mean, image_vae.decode(noise(9, 4, 5, 3))
+        image_vae.executor = "plain"
+        assert distance(latents, image_vae.encode(images).mean) < 2e-5
+        assert distance(decoded, image_vae.decode(noise(9, 4, 5, 3))) < 2e-5
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_stays_as_close_to_float32_as_the_definition(self, dtype):
+        z = noise(1, 4, 3, 5, 6)
+        exact, half = video_vae("v1"), video_vae("v1", dtype)
+        expected = exact.decode(z)
+        fast = half.decode(z)
+        assert fast.dtype == dtype
+        half.executor = "plain"
+        assert (fast - expected).square().mean() < 1.5 * (half.decode(z) - expected).square().mean()
+
+    def test_weights_are_never_changed(self, vae):
+        before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+        vae.decode(vae.encode(video_clip(9, 32, 24)).mean)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
+
+    def test_changed_weights_are_seen(self, vae):
+        z = latents_for(vae, 2, 3, 3)
+        vae.decode(z)
+        vae.decoder.conv_in.weight.mul_(0.5)
+        fast = vae.decode(z)
+        vae.executor = "plain"
+        assert distance(fast, vae.decode(z)) < 2e-5
+
+    def test_an_unknown_name_is_refused(self, vae):
+        vae.executor = "turbo"
+        with pytest.raises(ValueError, match="executor is 'turbo'; it must be 'fast' or 'plain'"):
+            vae.decode(latents_for(vae, 1, 2, 2))
+
+    def test_layers_put_in_or_watched_are_called(self, vae):
+        z = latents_for(vae, 2, 3, 3)
+        assert engine.knows(vae.decoder)
+        seen = []
+        handle = vae.decoder.mid.block_1.conv1.register_forward_hook(lambda *_: seen.append(1))
+        vae.decode(z)
+        assert seen and not engine.knows(vae.decoder)
+        handle.remove()
+        assert engine.knows(vae.decoder)
+        vae.decoder.norm_out = nn.Identity()
+        assert not engine.knows(vae.decoder)
+        vae.decode(z)
+
+
+class TestStrips:
+    """Any height of strips and any room for them: the same numbers, and nothing held at the end."""
+
+    @pytest.mark.parametrize("limit", [None, 10 ** 6, 2 * 10 ** 5, 0])
+    @pytest.mark.parametrize("rows", [4, 6, 1000])
+    def test_same_numbers(self, vae, rows, limit):
+        t, h, w = (3, 6, 3) if limit else (2, 3, 3)
+        z, clip = latents_for(vae, t, h, w), video_clip(4 * t - 3, 8 * h, 8 * w)
+        for network, x, run in ((vae.decoder, z, "decode"), (vae.encoder, clip, "encode")):
+            executor = Executor(lambda frames, width: rows, memory=limit)
+            assert distance(getattr(executor, run)(network, x), network(x)) < 2e-5
+            assert executor.store.held == 0
+
+    def test_room_is_kept_to(self, vae):
+        z, held = latents_for(vae, 3, 12, 6), []
+        limit = 3 * 10 ** 6
+        executor = Executor(lambda frames, width: 4, memory=limit, check=lambda: held.append(executor.store.held))
+        executor.decode(vae.decoder, z)
+        unlimited = []
+        free = Executor(lambda frames, width: 4, check=lambda: unlimited.append(free.store.held))
+        free.decode(vae.decoder, z)
+        assert max(held) <= limit < max(unlimited)
+
+    def test_cancel_stops_within_a_window(self, vae):
+        calls = []
+
+        def check():
+            calls.append(None)
+            if len(calls) == 20:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            vae.decode(latents_for(vae, 2, 6, 6), check=check)
+        assert len(calls) == 20
+
+    def test_arena_gives_out_each_place_once_and_joins_gaps(self):
+        arena = Arena()
+        tensors = [torch.full((n,), float(n)) for n in (1000, 5, 7000, 64)]
+        places = [arena.take(tensor) for tensor in tensors]
+        assert all(torch.equal(place, tensor) for place, tensor in zip(places, tensors, strict=True))
+        for place in (places[1], places[0], places[3], places[2]):
+            arena.give(place)
+        assert arena.gaps == [(0, 0, arena.CHUNK)] and not arena.places
+        large = arena.take(torch.zeros(arena.CHUNK // 4 + 16))
+        assert len(arena.chunks) == 2
+        arena.give(large)
+
+    def test_store_counts_what_it_holds(self):
+        store = Store(100)
+        assert store.has_room(100) and not store.has_room(101)
+        kept = store.keep(torch.zeros(10))
+        assert store.held == 40 and not store.has_room(61)
+        store.release(kept)
+        assert store.held == 0
+
+
+class TestKernels:
+    @pytest.mark.parametrize("frames", [3, 4, 5, 6, 7, 19])
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_winograd_is_the_convolution(self, frames, size):
+        x, weight, bias = noise(frames, 8, 7, 6), noise(5, 8, 3, size, size) / 9, noise(5)
+        expected = nn.functional.conv3d(x.transpose(0, 1)[None].double(), weight.double(), bias.double())
+        assert distance(winograd.convolve(x, weight, bias), expected[0].transpose(0, 1)) < 2e-6
+
+    @pytest.mark.parametrize("channels", [8, 64])
+    @pytest.mark.parametrize("stride", [(1, 1), (1, 2), (2, 2)])
+    @pytest.mark.parametrize("taps", [1, 3])
+    def test_convolve(self, channels, stride, taps):
+        x, weight, bias = noise(7, channels, 9, 11), noise(6, channels, taps, 3, 3) / 20, noise(6)
+        time = 1 if taps == 1 else stride[0]
+        expected = nn.functional.conv3d(x.transpose(0, 1)[None], weight, bias, (time, stride[1], stride[1]))
+        assert distance(kernels.convolve(x, weight, bias, (time, stride[1])), expected[0].transpose(0, 1)) < 1e-5
+
+    def test_upsampled_is_nearest_then_convolution(self):
+        x, weight = noise(1, 4, 5, 6), noise(3, 4, 1, 3, 3)
+        large = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+        expected = nn.functional.conv2d(large, weight[:, :, 0], padding=1)
+        padded = nn.functional.pad(x, (1, 1, 1, 1))
+        for row in (0, 1):
+            for column in (0, 1):
+                seen = padded[:, :, row:row + 6, column:column + 7]
+                quarter = nn.functional.conv2d(seen, kernels.upsampled(weight, row, column)[:, :, 0])
+                assert distance(quarter, expected[:, :, row::2, column::2]) < 1e-6
+
+    def test_stills_see_one_frame(self):
+        weight = noise(2, 3, 3, 1, 1)
+        assert torch.equal(kernels.for_stills(weight, "replicate", 2), weight.sum(2, keepdim=True))
+        assert torch.equal(kernels.for_stills(weight, "zeros", 1), weight[:, :, 1:2])
+        assert kernels.for_stills(weight[:, :, :1], "zeros", 0).shape[2] == 1
+
+
+class TestMemory:
+    """What a Tiling's ``memory`` does: nothing to the numbers, until tiles must shrink, and then the log says so."""
+
+    def test_numbers_are_the_same(self, vae):
+        clip = video_clip(9, 64, 48)
+        vae.tiling = cvvae.Tiling(9, None, memory=None)
+        expected = vae.encode(clip).mean
+        decoded = vae.decode(expected)
+        vae.tiling = cvvae.Tiling(9, None, memory="70 MB")
+        assert distance(vae.encode(clip).mean, expected) < 2e-5
+        assert distance(vae.decode(expected), decoded) < 2e-5
+
+    @pytest.mark.parametrize("memory, tile", [("auto", 576), (None, 576), ("40 GB", 576), (10 ** 9, None)])
+    def test_tiles_shrink_only_where_memory_is_too_little(self, memory, tile, caplog):
+        config = cvvae.Config("v1", 4, (128, 256, 512, 512), 2)
+        device = torch.device("cpu")
+        tiling = cvvae.Tiling(memory=memory)
+        found = engine.fitting(tiling, engine.budget(memory, device), config, False, (5, 72, 72), torch.float32, device)
+        if tile:
+            assert found == tiling and not caplog.records
+        else:
+            assert 128 <= found.tile_pixels < 576 and found.overlap_pixels <= found.tile_pixels // 4
+            assert "too little for tiles of 576 pixels" in caplog.text
+
+    def test_auto_is_less_than_the_machine_has(self):
+        import psutil
+
+        assert 0 < engine.budget("auto", torch.device("cpu")) < psutil.virtual_memory().total
+
+    @pytest.mark.parametrize("text, size", [("2 GB", 2 * 10 ** 9), ("1.5GiB", 3 * 2 ** 29), (" 800 mb ", 8 * 10 ** 8),
+                                            (10 ** 9, 10 ** 9), ("100000000", 10 ** 8)])
+    def test_sizes_in_words(self, text, size):
+        assert engine.budget(text, torch.device("cpu")) == size
+
+    @pytest.mark.parametrize("value", [2, 0, -1, "2", "2 TB", "much", True, 1.5e9, "", "1e9"])
+    def test_sizes_that_cannot_be_are_refused(self, value):
+        with pytest.raises(ValueError, match="Tiling.memory is "):
+            cvvae.Tiling(memory=value)
+
+
