@@ -237,10 +237,10 @@ class Run:
         ``step`` is called after each tile.
         """
         statistics = None
+        if self.tiling.statistics == "clip" and not isinstance(windows, list):
+            raise ValueError("Tiling.statistics is 'clip', but the clip is still coming in; statistics of the whole clip "
+                             "need all of it. Use 'tile' or 'window' here, or encode() and decode().")
         if self.tiling.statistics == "clip" and self.passes == 2:
-            if not isinstance(windows, list):
-                raise ValueError("Tiling.statistics is 'clip', but the clip is still coming in; statistics of the whole "
-                                 "clip need all of it. Use 'tile' or 'window' here, or encode() and decode().")
             statistics = engine.Statistics()
             for x, _ in windows:
                 self._window(x, statistics, step)

@@ -272,8 +272,7 @@ class NativeVAE(comfy.sd.VAE):
         tile = engine.footprint(self.model.config, encodes, (t, min(h, side), min(w, side)), dtype, self.device)
         window = 3 * frames_of(t) * h * w * SPACE_FACTOR ** 2 * torch.float32.itemsize
         memory = parse_memory(tiling.memory)
-        needed = tile.kept() + tile.scratch(memory if isinstance(memory, int) else None)
-        return (min(needed, memory) if isinstance(memory, int) else needed) + window
+        return (min(tile.peak(), memory) if isinstance(memory, int) else tile.peak()) + window
 
 
 class Progress:

@@ -10,6 +10,7 @@ from random_weights import noise, video_config
 from torch import Tensor, nn
 
 from cvvae import Tiling, VideoVAE
+from cvvae.engine.executor import Executor, Statistics
 from cvvae.tiling import Plan, make_plan
 
 TILINGS = [Tiling(), Tiling(5, 24, 0), Tiling(5, 32, 16), Tiling(9, 24, 8), Tiling(13, 64, 32), Tiling(17, 144, 32),
@@ -199,6 +200,9 @@ class TestRefusedValues:
         "window_frames": [0, 1, 2, 4, 6, 16, 18, -3, -17, 17.0, True, "17", [17]],
         "tile_pixels": [0, 7, 8, 12, 20, 100, -16, 576.0, True, "576"],
         "overlap_pixels": [12, 4, -8, 296, 576, 128.0, True, False, "128", None],
+        "overlap_frames": [0, 2, 4, -3, 13, 17, 5.0, True, "5", None],
+        "even": [1, None, "yes"],
+        "statistics": ["frame", None, True],
     }
 
     @pytest.mark.parametrize("field, value", [(field, value) for field, values in WRONG.items() for value in values])
@@ -216,3 +220,101 @@ class TestRefusedValues:
                                         {"tile_pixels": 16, "overlap_pixels": 8}, {"overlap_pixels": 0}])
     def test_values_that_work_are_taken(self, values):
         Tiling(**values)
+
+
+class TestEvenTiles:
+    @pytest.mark.parametrize("side", range(2, 60))
+    def test_as_many_as_before_all_of_one_size_or_one_less(self, side):
+        for tile, overlap in ((12, 0), (12, 2), (12, 6), (9, 4)):
+            uneven, even = (make_plan(1, 1, side, Tiling(17, 8 * tile, 8 * overlap, even=flag)).tiles
+                            for flag in (False, True))
+            lengths = [len(piece.cols) for piece in even]
+            assert len(even) <= len(uneven) and max(lengths) <= tile
+            assert even[-1].cols.stop == side
+            assert max(lengths) - min(lengths) < max(2, len(even))
+
+    def test_the_sliver_is_gone(self):
+        assert [len(tile.cols) for tile in make_plan(1, 1, 73, Tiling()).tiles] == [72, 17]
+        assert [len(tile.cols) for tile in make_plan(1, 1, 73, Tiling(even=True)).tiles] == [45, 44]
+
+
+class TestCrossFade:
+    """Windows that share more than one latent: their common part goes over from one to the next linearly."""
+
+    class Level(nn.Module):
+        """Frames as bright as the window's first latent: every window has its own level."""
+
+        def forward(self, latents: Tensor) -> Tensor:
+            size = 4 * latents.shape[2] - 3, *(8 * n for n in latents.shape[-2:])
+            return latents[0, 0, 0].mean().expand(1, 3, *size).clone()
+
+    @pytest.fixture
+    def vae(self):
+        vae = VideoVAE(video_config("v1"))
+        vae.decoder = self.Level()
+        vae.tiling = Tiling(17, None, overlap_frames=5)
+        return vae
+
+    def test_levels_meet_on_a_ramp(self, vae):
+        latents = torch.arange(8.)[None, None, :, None, None].expand(1, 4, 8, 1, 1)
+        levels = vae.decode(latents)[0, 0, :, 0, 0]
+        assert torch.equal(levels[:13], torch.zeros(13))
+        # Five shared frames: the first is still the old window's, the one after the last the new one's.
+        assert torch.allclose(levels[12:17], 3 * torch.arange(5) / 5)
+        assert torch.equal(levels[17:24], torch.full((7,), 3.))
+        assert len(levels) == 29
+
+    @pytest.mark.parametrize("tiling", [Tiling(9, None, overlap_frames=5), Tiling(13, 24, 8, overlap_frames=5),
+                                        Tiling(17, None, overlap_frames=9), Tiling(9, 24, 8, statistics="window")])
+    def test_streams_equal_the_whole(self, tiling):
+        vae = VideoVAE(video_config("v1"))
+        vae.tiling = tiling
+        clip = noise(1, 3, 30, 32, 24)
+        mean = vae.encode(clip).mean
+        assert distance(torch.cat(list(vae.encode_stream(clip.split(7, dim=2))), dim=2), mean) < 1e-5
+        frames = vae.decode(mean)
+        assert distance(torch.cat(list(vae.decode_stream(mean.split(2, dim=2))), dim=2), frames) < 1e-5
+        assert distance(vae.decode(mean, frames=11), frames[:, :, :11]) < 1e-5
+
+
+class TestSharedStatistics:
+    @pytest.fixture(autouse=True)
+    def no_gradients(self):
+        with torch.no_grad():
+            yield
+
+    @pytest.fixture
+    def vae(self):
+        return VideoVAE(video_config("v1"))
+
+    def test_one_piece_is_its_own_statistics(self, vae):
+        clip = noise(1, 3, 5, 16, 16)
+        expected = vae.encode(clip, tiling=Tiling(17, None)).mean
+        for statistics in ("window", "clip"):
+            assert torch.equal(vae.encode(clip, tiling=Tiling(17, None, statistics=statistics)).mean, expected)
+
+    def test_pooling_copies_of_one_piece_changes_nothing(self, vae):
+        latents, statistics = noise(1, 4, 2, 6, 5), Statistics()
+        expected = Executor(lambda frames, width: 4, statistics=statistics).decode(vae.decoder, latents)
+        Executor(lambda frames, width: 4, statistics=statistics).decode(vae.decoder, latents)
+        statistics.pool()
+        pooled = Executor(lambda frames, width: 4, statistics=statistics).decode(vae.decoder, latents)
+        assert distance(pooled, expected) < 1e-5
+
+    def test_pooling_makes_a_tile_depend_on_the_others(self, vae):
+        latents = noise(1, 4, 2, 4, 12)
+        changed = torch.cat([latents[..., :8], 2 * latents[..., 8:]], dim=-1)
+        for statistics, equal in (("tile", True), ("window", False)):
+            first, second = (vae.decode(z, tiling=Tiling(17, 32, 0, statistics=statistics))[..., :64]
+                             for z in (latents, changed))
+            assert torch.equal(first, second) == equal
+
+    def test_each_piece_is_counted_twice(self, vae):
+        seen = []
+        vae.decode(noise(1, 4, 5, 2, 6), tiling=Tiling(9, 32, 16, statistics="clip"), progress=lambda *at: seen.append(at))
+        assert seen[-1] == (8, 8) and len(seen) == 8
+
+    def test_a_stream_cannot_know_the_whole_clip(self, vae):
+        vae.tiling = Tiling(9, None, statistics="clip")
+        with pytest.raises(ValueError, match="statistics is 'clip', but the clip is still coming in"):
+            list(vae.encode_stream(noise(1, 3, 12, 8, 8).split(4, dim=2)))

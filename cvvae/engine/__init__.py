@@ -46,6 +46,5 @@ def run(network: Encoder | Decoder, x: Tensor, stills: bool, memory: int | None,
         channels, widest = network.norm_out.num_channels, network.up[0].block[0].norm1.num_channels
         frames, height, width = frames if stills else frames_of(frames), 8 * height, 8 * width
     tile = Footprint(frames, height, width, channels, widest, x.element_size(), x.device.type)
-    limit = None if memory is None else max(0, memory - tile.scratch(memory))
-    executor = Executor(tile.strip_rows(memory), stills, limit, check, weights, statistics)
+    executor = Executor(*tile.plan(memory), stills, check, weights, statistics)
     return executor.encode(network, x) if encodes else executor.decode(network, x)

@@ -6,7 +6,6 @@ measured, and what was made is kept for the next layer as far as there is room. 
 kept is computed again from what was: the numbers are the same however little room there is.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,6 +15,7 @@ from .store import Store
 
 Compute = Callable[[int, int], Tensor]
 RESERVE = 3  # strips
+LOOK_BACK = 6  # rows above a strip that residual blocks and up-samplers still ask for
 
 
 class Moments:
@@ -94,7 +94,7 @@ class Activation:
         self.moments = Moments(by_frame)
         self.kept: list[Tensor | None] = [None] * -(-shape[2] // strip)
         # What was computed last without being kept: the next strip's kernels look back at it.
-        self.recent: deque[tuple[int, Tensor]] = deque(maxlen=2)
+        self.recent: list[tuple[int, Tensor]] = []
         self.superseded: Sequence[Activation] = ()  # needed only to compute this one, see settle
 
     def rows_of(self, index: int) -> tuple[int, int]:
@@ -112,6 +112,7 @@ class Activation:
                     end += 1
                 piece = self.compute(row, end)
                 self.recent.append((row, piece))
+                self._forget(row + piece.shape[2])
             yield row, piece
             row += piece.shape[2]
 
@@ -119,6 +120,11 @@ class Activation:
         """The same in one tensor."""
         pieces = [piece for _, piece in self.pieces(start, stop)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+    def _forget(self, stop: int) -> None:
+        """Let go of recent pieces that end too far above row ``stop``, or lie below it: those are of the last walk."""
+        first = stop - self.strip - LOOK_BACK
+        self.recent = [(row, piece) for row, piece in self.recent if row < stop and row + piece.shape[2] > first]
 
     def _at_hand(self, row: int, stop: int) -> Tensor | None:
         """Rows from ``row`` on that need no computing, as far as they lie in one tensor."""

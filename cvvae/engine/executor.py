@@ -44,14 +44,14 @@ class Executor:
     """One pass of a clip through an encoder or a decoder.
 
     strip_rows: (frames, width) of a layer -> rows of a strip.
-    stills: the frames are independent images, not a clip.
     memory: bytes that kept activations may take; None for no limit.
+    stills: the frames are independent images, not a clip.
     check: called after every strip; may raise to cancel.
     weights: where layers' weights come from.
     statistics: what group norms share with other passes.
     """
 
-    def __init__(self, strip_rows: Callable[[int, int], int], stills: bool = False, memory: int | None = None,
+    def __init__(self, strip_rows: Callable[[int, int], int], memory: int | None = None, stills: bool = False,
                  check: Callable[[], None] = lambda: None, weights: Weights = own_weights,
                  statistics: Statistics | None = None):
         self.strip_rows = strip_rows

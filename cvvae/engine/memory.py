@@ -20,9 +20,10 @@ log = logging.getLogger(__name__)
 # A strip of a full-resolution layer: on the CPU what its caches hold; elsewhere enough to keep a GPU busy.
 STRIP_BYTES = {"cpu": 16 * 10 ** 6}
 STRIP_BYTES_ELSEWHERE = 256 * 10 ** 6
-LOWEST_STRIP = 4  # rows; lower ones are mostly border
-SCRATCH_STRIPS = 12  # strips of the widest layer that a chain of layers has in flight
-SCRATCH = 96 * 2 ** 20  # kernels being folded and what the libraries set aside
+LOWEST_STRIP = 2  # rows
+SHALLOW = 12  # strips, with their borders, that are in flight while everything needed again is kept
+DEEP = 13  # layers at full resolution that are in flight where it is not, each with some rows of several strips
+SCRATCH = 160 * 10 ** 6  # kernels being folded, and what the libraries set aside
 FREE_SHARE = 0.8  # of what is free on a GPU; other programs draw there too
 FREE_SHARE_CPU = 0.5
 SMALLEST_TILE = 128  # pixels; group norms and attention see too little in smaller ones
@@ -40,33 +41,50 @@ class Footprint:
     itemsize: int
     device: str
 
-    def strip_rows(self, memory: int | None) -> Callable[[int, int], int]:
-        """(frames, width) of a layer -> rows of a strip, a multiple of four."""
-        size = STRIP_BYTES.get(self.device, STRIP_BYTES_ELSEWHERE)
-        if memory is not None:
-            size = min(size, memory // (4 * SCRATCH_STRIPS))
-
-        def rows(frames: int, width: int) -> int:
-            row = frames * width * self.channels * self.itemsize
-            return max(LOWEST_STRIP, size // row // LOWEST_STRIP * LOWEST_STRIP)
-
-        return rows
-
-    def scratch(self, memory: int | None) -> int:
-        """Bytes in flight while a strip is computed."""
-        rows = min(self.height, self.strip_rows(memory)(self.frames, self.width) + 2)
-        return SCRATCH + SCRATCH_STRIPS * self.frames * rows * self.width * self.channels * self.itemsize
+    @property
+    def row(self) -> int:
+        """Bytes of a row of a full-resolution layer, over all frames."""
+        return self.frames * self.width * self.channels * self.itemsize
 
     def kept(self) -> int:
         """Bytes of activations at the peak when all that is needed again is kept."""
         return self.frames * self.height * self.width * max(self.widest, 2 * self.channels) * self.itemsize
+
+    def peak(self) -> int:
+        """Bytes taken when there is no limit."""
+        rows = min(self.height, self._rows_of(self._strip_bytes()))
+        return self.kept() + SCRATCH + SHALLOW * (rows + 2) * self.row
 
     def least(self) -> int:
         """Bytes below which computing strips again would cost more than smaller tiles do.
 
         Then not even what the last up-sampler starts from (an eighth of its result) could be kept.
         """
-        return self.scratch(0) + self.kept() // 4
+        return self._deep(LOWEST_STRIP) + self.kept() // 6
+
+    def plan(self, memory: int | None) -> tuple[Callable[[int, int], int], int | None]:
+        """How to compute within ``memory``: (frames, width) of a layer -> rows of a strip, and bytes to keep."""
+        if memory is None or memory >= self.peak():
+            return self._strips(self._strip_bytes()), None
+        # As few rows in smaller layers too: there are many more of them, and what they hold adds up.
+        rows = self._rows_of(min(self._strip_bytes(), memory // 250))
+        return lambda frames, width: rows, max(0, memory - self._deep(rows))
+
+    def _deep(self, rows: int) -> int:
+        return SCRATCH + DEEP * (3 * rows + 8) * self.row
+
+    def _strip_bytes(self) -> int:
+        return STRIP_BYTES.get(self.device, STRIP_BYTES_ELSEWHERE)
+
+    def _rows_of(self, size: int) -> int:
+        return self._strips(size)(self.frames, self.width)
+
+    def _strips(self, size: int) -> Callable[[int, int], int]:
+        def rows(frames: int, width: int) -> int:
+            row = frames * width * self.channels * self.itemsize
+            return max(LOWEST_STRIP, size // row // LOWEST_STRIP * LOWEST_STRIP)
+
+        return rows
 
 
 def footprint(config: Config, encodes: bool, size: tuple[int, int, int], dtype: torch.dtype,
