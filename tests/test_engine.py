@@ -175,6 +175,12 @@ class TestKernels:
         expected = nn.functional.conv3d(x.transpose(0, 1)[None].double(), weight.double(), bias.double())
         assert distance(winograd.convolve(x, weight, bias), expected[0].transpose(0, 1)) < 2e-6
 
+    @pytest.mark.parametrize("rows", [3, 4, 5, 6, 9])
+    def test_winograd_over_rows_is_the_convolution(self, rows):
+        x, weight, bias = noise(2, 256, rows, 5), noise(4, 256, 3, 3) / 48, noise(4)
+        expected = nn.functional.conv2d(x.double(), weight.double(), bias.double())
+        assert distance(winograd.convolve_frames(x, weight, bias), expected) < 3e-6
+
     @pytest.mark.parametrize("channels", [8, 64])
     @pytest.mark.parametrize("stride", [(1, 1), (1, 2), (2, 2)])
     @pytest.mark.parametrize("taps", [1, 3])

@@ -50,6 +50,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int] = 
     time, space = stride
     by_tap = x.device.type == "cpu" and x.dtype == torch.float32 and weight.shape[1] >= WIDE
     if weight.shape[2] == 1:
+        if by_tap and space == 1:
+            return winograd.convolve_frames(x, weight[:, :, 0], bias)
         return F.conv2d(x, weight[:, :, 0], bias, space)
     if by_tap and stride == (1, 1):
         return winograd.convolve(x, weight, bias)
