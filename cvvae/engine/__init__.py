@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..frames import frames_of
-from ..model import Decoder, Encoder
+from ..model import Decoder, Downsample, Encoder, ResnetBlock, SpatialAttention, TemporalAttention, Upsample
 from .activation import Statistics
 from .executor import Executor, Weights, own_weights
 from .memory import Footprint, budget, fitting, footprint
@@ -18,6 +18,8 @@ __all__ = ["Footprint", "Statistics", "Weights", "budget", "fitting", "footprint
 
 
 LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.Conv2d, nn.Conv3d, nn.Linear)
+CONTAINERS = (Encoder, Decoder, ResnetBlock, SpatialAttention, TemporalAttention, Downsample, Upsample, nn.ModuleList,
+              nn.Module)
 
 
 def knows(network: nn.Module) -> bool:
@@ -25,9 +27,10 @@ def knows(network: nn.Module) -> bool:
 
     A network or layer put in its place, or one with hooks, is there to be called: the engine leaves it alone.
     """
-    return type(network) in (Encoder, Decoder) and not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        or not (isinstance(module, LAYERS) or next(module.children(), None) is not None) for module in network.modules())
+    return type(network) in (Encoder, Decoder) and all(
+        (isinstance(module, LAYERS) or type(module) in CONTAINERS)
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        for module in network.modules())
 
 
 def run(network: Encoder | Decoder, x: Tensor, stills: bool, memory: int | None, check: Callable[[], None],

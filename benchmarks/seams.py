@@ -1,0 +1,128 @@
+"""Where windows and tiles meet: what each way of cutting a clip costs, against the source and the uncut run.
+
+    python benchmarks/seams.py --clips A.mp4 B.mp4                       # the built-in model
+    python benchmarks/seams.py --clips A.mp4 B.mp4 --model vae3d.safetensors --size 512 --tile 256
+
+Two sets of plans, each effect by itself: windows on untiled frames, tiles on one window.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from cases import add_device_option, make_parser, parse_count
+from machine import Row, publish
+from torch import Tensor
+
+import cvvae
+from cvvae import Tiling
+from cvvae.metrics import decibels, psnr
+from cvvae.training.data import load_clip
+
+FLOWER = Path(__file__).parents[1] / "workflows" / "media" / "flower.mp4"
+WINDOW = 17  # frames of the reference's windows: its borders are where every plan is judged
+STRIDE = WINDOW - 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--clips", nargs="+", type=Path, default=[FLOWER], metavar="FILE", help="videos")
+    parser.add_argument("--model", default="tiny", help="a CV-VAE that cvvae.load reads")
+    parser.add_argument("--frames", type=parse_count, default=33, metavar="N", help="frames taken of each clip")
+    parser.add_argument("--size", type=parse_count, default=168, metavar="N", help="side they are resized and cropped to")
+    parser.add_argument("--tile", type=parse_count, default=80, metavar="N", help="side of a tile, a multiple of 16")
+    add_device_option(parser)
+    options = parser.parse_args(arguments)
+    vae = cvvae.load(options.model, device=options.device)
+    clips = {path.stem: load_clip(path, options.frames, options.size) for path in options.clips}
+    measurements = []
+    for kind, plans, frames in (("windows", window_plans(), options.frames), ("tiles", tile_plans(options.tile), WINDOW)):
+        for name, clip in clips.items():
+            clip = clip[:, :, :frames]
+            uncut = None
+            for plan, tiling in plans.items():
+                started = perf_counter()
+                found = vae.decode(vae.encode(clip, tiling=tiling).mode(), clip.shape[2], clip.shape[-2:], tiling=tiling)
+                seconds = perf_counter() - started
+                uncut = found if uncut is None else uncut
+                measurements.append({"kind": kind, "plan": plan, "clip": name, "seconds": seconds}
+                                    | judge(kind, found, clip, uncut, options.tile))
+            print(kind, name, "done", flush=True)
+    rows = [row(kind, plan, [m for m in measurements if (m["kind"], m["plan"]) == (kind, plan)])
+            for kind, plans in (("windows", window_plans()), ("tiles", tile_plans(options.tile))) for plan in plans]
+    publish("seams", "Seams between windows and between tiles", options, rows, measurements)
+
+
+def window_plans() -> dict[str, Tiling]:
+    return {"uncut": Tiling(None, None),
+            "reference: 17, one shared": Tiling(17, None),
+            "17, 5 cross-faded": Tiling(17, None, overlap_frames=5),
+            "17, 9 cross-faded": Tiling(17, None, overlap_frames=9),
+            "25": Tiling(25, None),
+            "17, statistics of the clip": Tiling(17, None, statistics="clip"),
+            "17, 9 cross-faded, statistics of the clip": Tiling(17, None, overlap_frames=9, statistics="clip")}
+
+
+def tile_plans(tile: int) -> dict[str, Tiling]:
+    overlap = tile // 4 // 8 * 8
+    return {"uncut": Tiling(17, None),
+            "reference: overlap a quarter": Tiling(17, tile, overlap),
+            "even": Tiling(17, tile, overlap, even=True),
+            "overlap a half": Tiling(17, tile, tile // 16 * 8),
+            "statistics of the window": Tiling(17, tile, overlap, statistics="window"),
+            "even, statistics of the window": Tiling(17, tile, overlap, even=True, statistics="window")}
+
+
+def judge(kind: str, found: Tensor, source: Tensor, uncut: Tensor, tile: int) -> dict:
+    """Scores of a reconstruction [1, 3, T, H, W]."""
+    error = (found - source).float()
+    steps = (error[:, :, 1:] - error[:, :, :-1]).abs().mean((0, 1, 3, 4))
+    borders = list(range(STRIDE, len(steps), STRIDE))
+    by_position = error.clamp(-2, 2).square().mean((0, 1, 3, 4)) / 4
+    columns = error.mean((0, 1, 2, 3))
+    step = tile - tile // 4 // 8 * 8
+    return {"psnr": psnr(found, source), "psnr_uncut": psnr(found, uncut),
+            "seam": ratio_at(steps, borders) if kind == "windows" else ratio_at(columns.diff().abs(), tile_borders(
+                len(columns), tile, step)),
+            "first_of_window": decibels(by_position[borders].mean().item()) if borders else None,
+            "by_group_of_four": [decibels(by_position[1 + k::4].mean().item()) for k in range(4)],
+            "colour_shift": colour_shift(error, STRIDE) * 127.5 if kind == "windows" else colour_shift(
+                error.movedim(-1, 2), step) * 127.5}
+
+
+def ratio_at(values: Tensor, places: list[int]) -> float:
+    """Mean of ``values`` at ``places`` over the mean elsewhere: 1 where nothing shows."""
+    chosen = torch.zeros(len(values), dtype=torch.bool)
+    chosen[places] = True
+    return (values[chosen].mean() / values[~chosen].mean()).item() if places else float("nan")
+
+
+def tile_borders(width: int, tile: int, step: int) -> list[int]:
+    """Columns next to where a tile begins or ends."""
+    ends = [start + tile for start in range(0, width, step)]
+    return sorted({x - 1 for x in (*range(step, width, step), *ends) if 0 < x < width - 1})
+
+
+def colour_shift(error: Tensor, step: int) -> float:
+    """Largest difference of mean colour error [1, 3, n, ...] between neighbouring pieces of ``step``."""
+    means = torch.stack([part.mean((0, 2, 3, 4)) for part in error.split(step, dim=2) if part.shape[2] == step])
+    return means.diff(dim=0).abs().max().item() if len(means) > 1 else 0.0
+
+
+def row(kind: str, plan: str, found: list[dict]) -> Row:
+    def mean(key: str) -> float:
+        return sum(m[key] for m in found) / len(found)
+
+    first = found[0]["first_of_window"]
+    return {"cut": kind, "plan": plan, "PSNR": f"{mean('psnr'):.2f} dB",
+            "PSNR with the uncut run": "-" if plan == "uncut" else f"{mean('psnr_uncut'):.1f} dB",
+            "seam ratio": f"{mean('seam'):.2f}",
+            "frame behind a border": "-" if first is None else f"{mean('first_of_window'):.2f} dB",
+            "in the group of four": " ".join(f"{sum(m['by_group_of_four'][k] for m in found) / len(found):.1f}"
+                                             for k in range(4)),
+            "colour shift": f"{mean('colour_shift'):.2f} / 255", "time": f"{mean('seconds'):.1f} s"}
+
+
+if __name__ == "__main__":
+    main()
