@@ -18,9 +18,10 @@ from ..tiling import Tiling, parse_memory
 log = logging.getLogger(__name__)
 
 # A strip of a full-resolution layer: on the CPU what its caches hold; elsewhere enough to keep a GPU busy.
-STRIP_BYTES = {"cpu": 16 * 10 ** 6}
+STRIP_BYTES = {"cpu": 8 * 10 ** 6}
 STRIP_BYTES_ELSEWHERE = 256 * 10 ** 6
-LOWEST_STRIP = 2  # rows
+LOW_STRIP = 8  # rows; in lower ones the rows that neighbours share cost too much
+LOWEST_STRIP = 2  # rows; where memory is short
 SHALLOW = 12  # strips, with their borders, that are in flight while everything needed again is kept
 DEEP = 13  # layers at full resolution that are in flight where it is not, each with some rows of several strips
 SCRATCH = 160 * 10 ** 6  # kernels being folded, and what the libraries set aside
@@ -52,7 +53,7 @@ class Footprint:
 
     def peak(self) -> int:
         """Bytes taken when there is no limit."""
-        rows = min(self.height, self._rows_of(self._strip_bytes()))
+        rows = min(self.height, self._rows_of(self._strip_bytes(), LOW_STRIP))
         return self.kept() + SCRATCH + SHALLOW * (rows + 2) * self.row
 
     def least(self) -> int:
@@ -65,9 +66,9 @@ class Footprint:
     def plan(self, memory: int | None) -> tuple[Callable[[int, int], int], int | None]:
         """How to compute within ``memory``: (frames, width) of a layer -> rows of a strip, and bytes to keep."""
         if memory is None or memory >= self.peak():
-            return self._strips(self._strip_bytes()), None
+            return lambda frames, width: self._strip(frames, width, self._strip_bytes(), LOW_STRIP), None
         # As few rows in smaller layers too: there are many more of them, and what they hold adds up.
-        rows = self._rows_of(min(self._strip_bytes(), memory // 250))
+        rows = self._rows_of(min(self._strip_bytes(), memory // 250), LOWEST_STRIP)
         return lambda frames, width: rows, max(0, memory - self._deep(rows))
 
     def _deep(self, rows: int) -> int:
@@ -76,15 +77,13 @@ class Footprint:
     def _strip_bytes(self) -> int:
         return STRIP_BYTES.get(self.device, STRIP_BYTES_ELSEWHERE)
 
-    def _rows_of(self, size: int) -> int:
-        return self._strips(size)(self.frames, self.width)
+    def _rows_of(self, size: int, lowest: int) -> int:
+        return self._strip(self.frames, self.width, size, lowest)
 
-    def _strips(self, size: int) -> Callable[[int, int], int]:
-        def rows(frames: int, width: int) -> int:
-            row = frames * width * self.channels * self.itemsize
-            return max(LOWEST_STRIP, size // row // LOWEST_STRIP * LOWEST_STRIP)
-
-        return rows
+    def _strip(self, frames: int, width: int, size: int, lowest: int) -> int:
+        """Rows of about ``size`` bytes, as many times ``lowest`` as that gives, at least once."""
+        row = frames * width * self.channels * self.itemsize
+        return max(1, size // row // lowest) * lowest
 
 
 def footprint(config: Config, encodes: bool, size: tuple[int, int, int], dtype: torch.dtype,

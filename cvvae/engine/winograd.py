@@ -1,10 +1,13 @@
-"""Fewer multiplications: Winograd's F(2, 3) along time, and along rows where there are many channels.
+"""Fewer multiplications: Winograd's F(4, 3) along time, and along rows where there are many channels.
 
-Two neighbouring outputs of a 3-tap filter need four products instead of six (Lavin & Gray, "Fast Algorithms
-for Convolutional Neural Networks", 2015).  Here a product is a convolution of a sum of two frames, or of two
-rows, by the library's own kernels, which run near the CPU's peak: along time 1.3 times the speed of its 3-D
-convolution, along rows 1.2 times that of its 2-D one, with rounding errors no larger.  F(4, 3) is faster
-still, but loses a digit at every layer, too many for the whole network.
+Four neighbouring outputs of a 3-tap filter need six products instead of twelve (Lavin & Gray, "Fast Algorithms
+for Convolutional Neural Networks", 2015).  Here a product is a convolution of a sum of frames, or of rows, by the
+library's own kernels, which run near the CPU's peak.
+
+The method evaluates polynomials at six points.  The usual 0, 1, -1, 2, -2 and infinity lose a digit at every
+layer; 0, +-sqrt(1/2), +-sqrt(2) and infinity keep sums and differences of like size, and rounding errors are those
+of F(2, 3) (compare Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution for Deep
+Neural Networks", 2020).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,41 +19,94 @@ from torch import Tensor
 TIME, ROWS = 0, 2  # axes of [T, C, H, W]
 MANY_CHANNELS = 256  # with fewer, sums of rows cost as much as the products saved
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, tap, bias) -> one tap's convolution
+
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Valid convolution of frames [T, C, H, W] with [K, C, 3, kh, kw], stride 1 -> [T - 2, K, H', W']."""
-    return _pairs(x, weight.unbind(2), bias, TIME, convolve_frames)
+    return _filtered(x, weight.unbind(2), bias, TIME, convolve_frames)
 
 
 def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Valid convolution of [T, C, H, W] with [K, C, kh, kw], frame by frame."""
     if weight.shape[2] == 3 and weight.shape[1] >= MANY_CHANNELS:
-        return _pairs(x, weight.split(1, dim=2), bias, ROWS, F.conv2d)
+        return _filtered(x, weight.split(1, dim=2), bias, ROWS, F.conv2d)
     return F.conv2d(x, weight, bias)
 
 
-def _pairs(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int,
-           product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
-    """A 3-tap filter along ``axis``, two outputs at a time; ``product(x, tap, bias)`` is one tap."""
-    past, now, future = taps
+def _filtered(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product) -> Tensor:
+    """A 3-tap filter along ``axis``: by fours, what is left by twos, what is left by one."""
     count = x.shape[axis] - 2
-    if count > 1:
-        # The four inputs of every pair of outputs.
-        first, second, third, fourth = (_every_other(x, start, x.shape[axis] - 3 + start, axis) for start in range(4))
-        outer = past + future
-        both = product(second + third, (outer + now) / 2, bias)
-        difference = product(third - second, (outer - now) / 2, None)
-        even = product(first - third, past, None).add_(both).add_(difference)
-        odd = both.sub_(difference).sub_(product(second - fourth, future, None))
-        pairs = torch.stack([even, odd], dim=axis + 1).flatten(axis, axis + 1)
-        if count % 2 == 0:
-            return pairs
-    before, at, after = x.narrow(axis, count - 1, 3).split(1, axis)
-    last = product(before, past, bias).add_(product(at, now, None)).add_(product(after, future, None))
-    return torch.cat([pairs, last], dim=axis) if count > 1 else last
+    parts, done = [], 0
+    for step, method in ((4, _fours), (2, _twos), (1, _ones)):
+        many = (count - done) // step * step
+        if many:
+            parts.append(method(x.narrow(axis, done, many + 2), taps, bias, axis, product))
+            done += many
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
-def _every_other(x: Tensor, start: int, stop: int, axis: int) -> Tensor:
+def _fours(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product) -> Tensor:
+    """F(4, 3) at 0, +-p, +-q and infinity; the products at p and q are scaled by the square of the point."""
+    pp, qq = 0.5, 2.0  # squares of p and q
+    p, q = pp ** 0.5, qq ** 0.5
+    past, now, future = taps
+
+    def at(k: int) -> Tensor:
+        return _every(x, k, 4, x.shape[axis] - 2, axis)
+
+    def pair(point: float, square: float, other: float) -> tuple[Tensor, Tensor]:
+        """Sum and difference of the products at ``point`` and minus it."""
+        even, odd = torch.sub(at(4), at(2), alpha=other), torch.sub(at(3), at(1), alpha=other)
+        outer, inner = (past + future * square) / (2 * (square - other)), now * (point / (2 * (square - other)))
+        # The bias goes where it comes out in all four outputs: through p, corrected at zero and infinity.
+        shares = (None, None) if bias is None or point == q else (bias * ((1 + p) / 2), bias * ((1 - p) / 2))
+        plus = product(torch.add(even, odd, alpha=point), outer + inner, shares[0])
+        minus = product(even.sub_(odd, alpha=point), outer - inner, shares[1])
+        return plus + minus, plus.sub_(minus)
+
+    at_zero = torch.sub(at(4), at(2), alpha=pp + qq).add_(at(0), alpha=pp * qq)
+    zero = product(at_zero, past / (pp * qq), None if bias is None else bias * (1 - 1 / pp))
+    at_infinity = torch.sub(at(5), at(3), alpha=pp + qq).add_(at(1), alpha=pp * qq)
+    infinity = product(at_infinity, future, None if bias is None else bias * (1 - pp))
+    (p_sum, p_difference), (q_sum, q_difference) = pair(p, pp, qq), pair(q, qq, pp)
+    out, (first, second, third, fourth) = _interleaved(zero, 4, axis)
+    torch.add(zero.add_(p_sum, alpha=1 / pp), q_sum, alpha=1 / qq, out=first)
+    torch.add(infinity.add_(p_difference, alpha=p), q_difference, alpha=q, out=fourth)
+    torch.add(p_difference.mul_(1 / p), q_difference, alpha=1 / q, out=second)
+    torch.add(p_sum, q_sum, out=third)
+    return out
+
+
+def _twos(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product) -> Tensor:
+    """F(2, 3)."""
+    past, now, future = taps
+    first, second, third, fourth = (_every(x, k, 2, x.shape[axis] - 2, axis) for k in range(4))
+    outer = past + future
+    both = product(second + third, (outer + now) / 2, bias)
+    difference = product(third - second, (outer - now) / 2, None)
+    out, (even, odd) = _interleaved(both, 2, axis)
+    torch.add(product(first - third, past, None).add_(both), difference, out=even)
+    torch.sub(both.sub_(difference), product(second - fourth, future, None), out=odd)
+    return out
+
+
+def _ones(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product) -> Tensor:
+    """The plain filter, for one output."""
+    before, at, after = x.split(1, axis)
+    return product(before, taps[0], bias).add_(product(at, taps[1], None)).add_(product(after, taps[2], None))
+
+
+def _every(x: Tensor, start: int, step: int, count: int, axis: int) -> Tensor:
+    """Frames or rows ``start``, ``start + step``, ... that the ``count`` outputs need."""
     picked = [slice(None)] * x.ndim
-    picked[axis] = slice(start, stop, 2)
+    picked[axis] = slice(start, start + count - step + 1, step)
     return x[tuple(picked)]
+
+
+def _interleaved(like: Tensor, count: int, axis: int) -> tuple[Tensor, list[Tensor]]:
+    """Room for ``count`` outputs by turns along ``axis``, each of the shape of ``like``; and each one's share of it."""
+    shape = list(like.shape)
+    shape[axis] *= count
+    out = like.new_empty(shape)
+    return out, [_every(out, k, count, out.shape[axis], axis) for k in range(count)]
