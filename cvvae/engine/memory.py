@@ -17,8 +17,10 @@ from ..tiling import Tiling, parse_memory
 
 log = logging.getLogger(__name__)
 
-# A strip of a full-resolution layer: on the CPU what its caches hold; elsewhere enough to keep a GPU busy.
-STRIP_BYTES = {"cpu": 8 * 10 ** 6}
+# A strip of a full-resolution layer: on the CPU what its caches hold, of a clip, which is convolved a few frames
+# at a time, twice that; elsewhere enough to keep a GPU busy.
+STRIP_BYTES_CPU = 16 * 10 ** 6
+STRIP_BYTES_CPU_PICTURE = 8 * 10 ** 6
 STRIP_BYTES_ELSEWHERE = 256 * 10 ** 6
 LOW_STRIP = 8  # rows; in lower ones the rows that neighbours share cost too much
 LOWEST_STRIP = 2  # rows; where memory is short
@@ -75,7 +77,9 @@ class Footprint:
         return SCRATCH + DEEP * (3 * rows + 8) * self.row
 
     def _strip_bytes(self) -> int:
-        return STRIP_BYTES.get(self.device, STRIP_BYTES_ELSEWHERE)
+        if self.device != "cpu":
+            return STRIP_BYTES_ELSEWHERE
+        return STRIP_BYTES_CPU_PICTURE if self.frames == 1 else STRIP_BYTES_CPU
 
     def _rows_of(self, size: int, lowest: int) -> int:
         return self._strip(self.frames, self.width, size, lowest)
