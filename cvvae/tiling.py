@@ -120,6 +120,8 @@ def parse_memory(memory: int | str | None) -> int | str | None:
 
 
 WHOLE = Tiling(window_frames=None, tile_pixels=None)
+# The reference's pieces with more of them shared, at up to four times its time: docs/performance.md has the numbers.
+QUALITY = Tiling(overlap_frames=5, overlap_pixels=288)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,13 @@ def run(*arguments) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def test_quality_takes_the_place_of_the_sizes(files, tmp_path, capsys):
+    arguments = ("reconstruct", files / "in.mp4", tmp_path / "out.mp4", "--model", files / "video.safetensors", "--quality")
+    assert run(*arguments, "--window", "16") == 0  # 16 would be refused
+    assert run(*arguments, "--memory", "1 B") == 2
+    assert "Tiling.memory" in capsys.readouterr().err
+
+
 def test_reconstruct_says_how_good_and_how_big(files, tmp_path, capsys):
     assert run("reconstruct", files / "in.mp4", tmp_path / "out.mp4", "--model", files / "video.safetensors") == 0
     printed = capsys.readouterr().out

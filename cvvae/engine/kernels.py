@@ -51,7 +51,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int] = 
     by_tap = x.device.type == "cpu" and x.dtype == torch.float32 and weight.shape[1] >= WIDE
     if weight.shape[2] == 1:
         if by_tap and space == 1:
-            return winograd.convolve_frames(x, weight[:, :, 0], bias)
+            by_rows = winograd.convolve_picture if x.shape[0] == 1 else winograd.convolve_frames
+            return by_rows(x, weight[:, :, 0], bias)
         return F.conv2d(x, weight[:, :, 0], bias, space)
     if by_tap and stride == (1, 1):
         return winograd.convolve(x, weight, bias)

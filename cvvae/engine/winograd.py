@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TIME, ROWS = 0, 2  # axes of [T, C, H, W]
-MANY_CHANNELS = 256  # with fewer, sums of rows cost as much as the products saved
+# From so many channels on along rows too: with fewer, sums of rows cost as much as the products saved.
+MANY_CHANNELS = 256
+MANY_CHANNELS_PICTURE = 128  # there strips have more rows, and rounding errors do not add to those of time
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, tap, bias) -> one tap's convolution
 
@@ -29,7 +31,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Valid convolution of [T, C, H, W] with [K, C, kh, kw], frame by frame."""
-    if weight.shape[2] == 3 and weight.shape[1] >= MANY_CHANNELS:
+    return _convolve(x, weight, bias, MANY_CHANNELS)
+
+
+def convolve_picture(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same of one frame that has no others beside it."""
+    return _convolve(x, weight, bias, MANY_CHANNELS_PICTURE)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, many: int) -> Tensor:
+    if weight.shape[2] == 3 and weight.shape[1] >= many:
         return _filtered(x, weight.split(1, dim=2), bias, ROWS, F.conv2d)
     return F.conv2d(x, weight, bias)
 
