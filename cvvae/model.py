@@ -100,15 +100,19 @@ class SpatialAttention(nn.Module):
         self.proj_out = ops.Conv2d(channels, channels, 1)
 
     def attend(self, frames: Tensor) -> Tensor:
-        """[(B T), C, h, w] -> the same shape, without the residual."""
+        """[N, C, h, w] -> the same shape, without the residual."""
         h = self.norm(frames)
         q, k, v = (rearrange(layer(h), "n c h w -> n 1 (h w) c") for layer in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj_out(rearrange(out, "n 1 (h w) c -> n c h w", h=frames.shape[-2]))
 
+    def along_time(self, spatial: Tensor) -> Tensor:
+        """What the frames gave, [B, C, T, h, w], on its way to the residual sum."""
+        return spatial
+
     def forward(self, x: Tensor) -> Tensor:
-        h = self.attend(rearrange(x, "b c t h w -> (b t) c h w"))
-        return x + rearrange(h, "(b t) c h w -> b c t h w", b=x.shape[0])
+        spatial = self.attend(rearrange(x, "b c t h w -> (b t) c h w"))
+        return x + self.along_time(rearrange(spatial, "(b t) c h w -> b c t h w", b=x.shape[0]))
 
 
 class TemporalAttention(SpatialAttention):
@@ -136,14 +140,13 @@ class TemporalAttention(SpatialAttention):
         out = F.scaled_dot_product_attention(self.q_t(h)[:, None], self.k_t(h)[:, None], self.v_t(h)[:, None])
         return self.proj_out_t(out[:, 0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, _, _, h, w = x.shape
-        spatial = self.attend(rearrange(x, "b c t h w -> (b t) c h w"))
-        spatial = rearrange(spatial, "(b t) c h w -> (b h w) t c", b=b)
-        temporal = self.attend_time(spatial)
+    def along_time(self, spatial: Tensor) -> Tensor:
+        b, _, _, h, w = spatial.shape
+        positions = rearrange(spatial, "b c t h w -> (b h w) t c")
+        temporal = self.attend_time(positions)
         if self.gated:
-            temporal = spatial + temporal * self.gamma_t.to(temporal)
-        return x + rearrange(temporal, "(b h w) t c -> b c t h w", b=b, h=h, w=w)
+            temporal = positions + temporal * self.gamma_t.to(temporal)
+        return rearrange(temporal, "(b h w) t c -> b c t h w", b=b, h=h, w=w)
 
 
 class Downsample(nn.Module):

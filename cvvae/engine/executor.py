@@ -11,7 +11,6 @@ It walks the same modules in the same order and differs in how each layer is com
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -100,8 +99,9 @@ class Executor:
             self._settle(h)
         else:
             weight, bias = self.weights(block.nin_shortcut, h.like)
-            weight = weight.flatten(2)[..., None]
-            shortcut = self._layer(h.shape, lambda start, stop: F.conv2d(given.rows(start, stop), weight, bias), h.like)
+            weight = kernels.prepared(weight.flatten(2)[..., None, None])
+            shortcut = self._layer(h.shape, lambda start, stop: kernels.convolve(given.rows(start, stop), weight, bias),
+                                   h.like)
             given = x
             if weight.shape[0] < weight.shape[1]:
                 # Smaller than its input, which can go while the first convolution runs.
@@ -120,12 +120,15 @@ class Executor:
         return self._settle(self._layer(h.shape, total, h.like), x, h)
 
     def _attended(self, attention: SpatialAttention, x: Activation) -> Activation:
-        """Run as the module defines it: this is the smallest layer, and each position looks at all others."""
+        """Whole frames at once: this is the smallest layer, and each position looks at all others."""
         whole = x.rows(0, x.shape[2])
+        h = attention.norm(whole)
+        q, k, v = (self._pointwise(layer, h) for layer in (attention.q, attention.k, attention.v))
+        spatial = self._pointwise(attention.proj_out, kernels.attend(q, k, v))
         if self.stills:
-            out = attention(whole[:, :, None])[:, :, 0]
+            out = whole + attention.along_time(spatial[:, :, None])[:, :, 0]
         else:
-            out = attention(whole.transpose(0, 1)[None])[0].transpose(0, 1)
+            out = whole + attention.along_time(spatial.transpose(0, 1)[None])[0].transpose(0, 1)
         attended = self._layer(x.shape, None, out).keep(out, self.store)
         x.drop(self.store)
         return attended
@@ -180,15 +183,20 @@ class Executor:
         def compute(start: int, stop: int) -> Tensor:
             low, high = start // 2, -(-stop // 2)
             rows = self._bordered(x, low - 1, high + 1, border)
-            out = kernels.empty(rows, frames, channels, 2 * (high - low), 2 * width)
-            for part, part_bias, offset, made in parts:
-                for row, column in product((0, 1), (0, 1)):
-                    seen = rows[offset:, :, row:row + high - low + 1, column:column + width + 1]
-                    folded = kernels.upsampled(part, row, column)
-                    out[made, :, row::2, column::2] = kernels.convolve(seen, folded, part_bias)
+            made = [kernels.convolve_upsampled(rows[offset:], part, part_bias) for part, part_bias, offset, _ in parts]
+            if len(made) == 1:
+                out = made[0]
+            else:
+                out = kernels.empty(rows, frames, channels, 2 * (high - low), 2 * width)
+                for piece, (*_, place) in zip(made, parts, strict=True):
+                    out[place] = piece
             return out[:, :, start - 2 * low:stop - 2 * low]
 
         return self._layer((frames, channels, 2 * height, 2 * width), compute, x.like)
+
+    def _pointwise(self, conv: nn.Module, x: Tensor) -> Tensor:
+        weight, bias = self.weights(conv, x)
+        return kernels.convolve(x, kernels.prepared(weight.flatten(2)[..., None, None]), bias)
 
     # -- pieces of layers ----------------------------------------------------------------------------
 
@@ -200,7 +208,7 @@ class Executor:
         if self.stills:
             weight = kernels.for_stills(weight, border.time_mode, border.time[0])
             border = Border(border.space, border.space_mode)
-        return weight, bias, border
+        return kernels.prepared(weight), bias, border
 
     def _affine(self, norm: nn.Module, x: Activation) -> tuple[Tensor, Tensor]:
         """Group norm as a factor and a summand for each channel (and frame, for stills)."""

@@ -7,18 +7,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import winograd
+from . import products
+from .winograd import COLUMNS, ROWS, TIME, Product, doubled, filtered, halved
 
-WIDE = 64  # channels from which on the CPU gains by convolving in two dimensions, frame by frame
+SCORES = 2 ** 21  # values that queries make with keys at a time
+WIDE = 32  # channels from which on the CPU gains by convolving in two dimensions, frame by frame
+# Channels from which on Winograd's method pays along rows and along columns too: with fewer, sums of rows cost as much
+# as the products saved.  Rounding errors grow with each axis, so along one only from a width on, and along two of the
+# three from twice that; small pictures take little time.
+ROWS_FROM, COLUMNS_FROM, LARGE = 128, 256, 64
+
+# What a CPU's libraries do best.  With AVX-512 that is oneDNN's convolution of float32 with channels first, twice as
+# fast as MKL's matrix product on AMD's; with AVX2 both are equally fast, and products are more exact.
+BY_PRODUCTS = torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
 def empty(like: Tensor, frames: int, channels: int, height: int, width: int) -> Tensor:
     """Room for an activation, in the layout in which its device computes best.
 
-    On GPUs channels come last.  On the CPU they do not: its convolution of that layout is a quarter faster,
+    Channels come last, but with AVX-512 on the CPU: there oneDNN's convolution of that layout is a quarter faster,
     but sums all products of an output in one chain, which costs half a digit at every layer.
     """
-    layout = torch.contiguous_format if like.device.type == "cpu" else torch.channels_last
+    channels_first = like.device.type == "cpu" and not BY_PRODUCTS
+    layout = torch.contiguous_format if channels_first else torch.channels_last
     return torch.empty(frames, channels, height, width, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
@@ -33,32 +44,104 @@ def for_stills(weight: Tensor, time_mode: str, front: int) -> Tensor:
     return weight.sum(2, keepdim=True) if time_mode == "replicate" else weight[:, :, front:front + 1]
 
 
-def upsampled(weight: Tensor, row: int, column: int) -> Tensor:
-    """The 2x2 kernel that a 3x3 one behind nearest 2x up-sampling is, over the small picture.
-
-    row, column: parity of the output.  Even outputs see the pixel before and their own, odd ones their own
-    and the next; a pixel of the small picture that lies under two taps gets their sum.
-    """
-    for dim, odd in ((3, row), (4, column)):
-        first, middle, last = weight.unbind(dim)
-        weight = torch.stack([first + middle, last] if odd else [first, middle + last], dim)
-    return weight
+def prepared(weight: Tensor) -> Tensor:
+    """A layer's kernel, laid out as :func:`convolve` reads it best."""
+    return products.packed(weight) if BY_PRODUCTS and _by_tap(weight) else weight
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int] = (1, 1)) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1)) -> Tensor:
     """Valid convolution [T, C, H, W] -> [T', K, H', W']; ``stride`` in time and in space."""
     time, space = stride
-    by_tap = x.device.type == "cpu" and x.dtype == torch.float32 and weight.shape[1] >= WIDE
-    if weight.shape[2] == 1:
-        if by_tap and space == 1:
-            by_rows = winograd.convolve_picture if x.shape[0] == 1 else winograd.convolve_frames
-            return by_rows(x, weight[:, :, 0], bias)
-        return F.conv2d(x, weight[:, :, 0], bias, space)
-    if by_tap and stride == (1, 1):
-        return winograd.convolve(x, weight, bias)
-    if by_tap:
-        count = (x.shape[0] - 3) // time + 1
-        taps = [F.conv2d(x[k:k + time * (count - 1) + 1:time], tap, bias if k == 0 else None, space)
-                for k, tap in enumerate(weight.unbind(2))]
-        return taps[0].add_(taps[1]).add_(taps[2])
-    return F.conv3d(x.transpose(0, 1)[None], weight, bias, (time, space, space))[0].transpose(0, 1)
+    if not _by_tap(weight):
+        if weight.shape[2] == 1:
+            return F.conv2d(x, weight[:, :, 0], bias, space)
+        return F.conv3d(x.transpose(0, 1)[None], weight, bias, (time, space, space))[0].transpose(0, 1)
+    taps = weight.unbind(2)
+    if space == 1 and len(taps) == 3:
+        return filtered(x, taps, bias, TIME, _convolve_behind_time)
+    if space == 1:
+        return _convolve_frames(x, taps[0], bias)
+    count = (x.shape[0] - len(taps)) // time + 1
+    out = [_direct(x[k:k + time * (count - 1) + 1:time], tap, None if k else bias, space) for k, tap in enumerate(taps)]
+    return out[0] if len(out) == 1 else out[0].add_(out[1]).add_(out[2])
+
+
+def convolve_upsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Nearest 2x up-sampling in space, then a 3x3 convolution: [T, C, H, W] -> [T', K, 2H - 4, 2W - 4].
+
+    Computed over the small picture, of which one pixel on each side is border.
+    """
+    along_rows = doubled if _by_tap(weight) else halved
+    along_columns = doubled if _by_tap(weight) and BY_PRODUCTS else halved
+
+    def columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return along_columns(x, weight, bias, COLUMNS, convolve)
+
+    return along_rows(x, weight, bias, ROWS, columns)
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or BY_PRODUCTS:
+        return a @ b
+    # As a 1x1 convolution, which oneDNN runs twice as fast as MKL multiplies matrices.
+    return F.conv1d(b[None], a[..., None])[0]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Self-attention over the positions of each frame, [T, C, h, w]; a few rows of queries at a time."""
+    rows = max(1, SCORES // (k[0, 0].numel() * q.shape[3]))
+    out = torch.empty_like(q)
+    for frame in range(q.shape[0]):
+        keys, values = k[frame].flatten(1), v[frame].flatten(1)
+        for start in range(0, q.shape[2], rows):
+            queries = q[frame, :, start:start + rows].flatten(1)
+            out[frame, :, start:start + rows] = _attend(queries, keys, values).unflatten(1, (-1, q.shape[3]))
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[C, queries], [C, positions], [C, positions] -> [C, queries]."""
+    if q.device.type != "cpu" or q.dtype != torch.float32:
+        q, k, v = (x.t()[None, None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)[0, 0].t()
+    shares = multiply(k.t() * k.shape[0] ** -0.5, q).softmax(0)
+    return multiply(v, shares)
+
+
+def _by_tap(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.shape[1] >= WIDE
+
+
+# The pieces, on frames [T, C, H, W] with kernels [K, C, kh, kw].
+
+
+def _convolve_behind_time(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One tap in time, or a sum of taps."""
+    if _has(weight, ROWS_FROM) and x.shape[3] > 2 * LARGE:
+        return _convolve_rows(x, weight, bias, _direct)
+    return _direct(x, weight, bias)
+
+
+def _convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _has(weight, ROWS_FROM) or x.shape[3] <= LARGE:
+        return _direct(x, weight, bias)
+    by_columns = BY_PRODUCTS and _has(weight, COLUMNS_FROM) and x.shape[3] > 2 * LARGE
+    return _convolve_rows(x, weight, bias, _convolve_columns if by_columns else _direct)
+
+
+def _convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
+    return filtered(x, weight.split(1, dim=ROWS), bias, ROWS, product)
+
+
+def _convolve_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return filtered(x, weight.split(1, dim=COLUMNS), bias, COLUMNS, _direct)
+
+
+def _direct(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    by_products = BY_PRODUCTS and weight.shape[0] >= WIDE
+    return (products.convolve if by_products else F.conv2d)(x, weight, bias, stride)
+
+
+def _has(weight: Tensor, channels: int) -> bool:
+    return weight.shape[2] == 3 and min(weight.shape[:2]) >= channels

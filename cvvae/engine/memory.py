@@ -20,9 +20,10 @@ log = logging.getLogger(__name__)
 # A strip of a full-resolution layer: on the CPU what its caches hold, of a clip, which is convolved a few frames
 # at a time, twice that; elsewhere enough to keep a GPU busy.
 STRIP_BYTES_CPU = 16 * 10 ** 6
-STRIP_BYTES_CPU_PICTURE = 8 * 10 ** 6
+STRIP_BYTES_CPU_PICTURE = 2 ** 23  # 32 rows of 512 pixels and 128 channels
 STRIP_BYTES_ELSEWHERE = 256 * 10 ** 6
-LOW_STRIP = 6  # rows; in lower ones the rows that neighbours share cost too much
+LOW_STRIP = 8  # rows; in lower ones the rows that neighbours share cost too much
+LOW_STRIP_PICTURE = 4  # rows; as many as Winograd's method makes at once
 LOWEST_STRIP = 2  # rows; where memory is short
 SHALLOW = 12  # strips, with their borders, that are in flight while everything needed again is kept
 DEEP = 13  # layers at full resolution that are in flight where it is not, each with some rows of several strips
@@ -55,7 +56,7 @@ class Footprint:
 
     def peak(self) -> int:
         """Bytes taken when there is no limit."""
-        rows = min(self.height, self._rows_of(self._strip_bytes(), LOW_STRIP))
+        rows = min(self.height, self._rows_of(self._strip_bytes(), self._low()))
         return self.kept() + SCRATCH + SHALLOW * (rows + 2) * self.row
 
     def least(self) -> int:
@@ -68,7 +69,7 @@ class Footprint:
     def plan(self, memory: int | None) -> tuple[Callable[[int, int], int], int | None]:
         """How to compute within ``memory``: (frames, width) of a layer -> rows of a strip, and bytes to keep."""
         if memory is None or memory >= self.peak():
-            return lambda frames, width: self._strip(frames, width, self._strip_bytes(), LOW_STRIP), None
+            return lambda frames, width: self._strip(frames, width, self._strip_bytes(), self._low()), None
         # As few rows in smaller layers too: there are many more of them, and what they hold adds up.
         rows = self._rows_of(min(self._strip_bytes(), memory // 250), LOWEST_STRIP)
         return lambda frames, width: rows, max(0, memory - self._deep(rows))
@@ -80,6 +81,9 @@ class Footprint:
         if self.device != "cpu":
             return STRIP_BYTES_ELSEWHERE
         return STRIP_BYTES_CPU_PICTURE if self.frames == 1 else STRIP_BYTES_CPU
+
+    def _low(self) -> int:
+        return LOW_STRIP_PICTURE if self.frames == 1 else LOW_STRIP
 
     def _rows_of(self, size: int, lowest: int) -> int:
         return self._strip(self.frames, self.width, size, lowest)

@@ -46,7 +46,7 @@ class Arena:
         self.places: dict[int, tuple[int, int, int]] = {}  # the same for what is taken, by address
 
     def take(self, x: Tensor) -> Tensor:
-        """A contiguous copy of ``x``."""
+        """A dense copy of ``x``, [T, C, H, W] with its channels where they are."""
         size = -(-x.nbytes // self.ALIGNMENT) * self.ALIGNMENT
         for i, (chunk, start, stop) in enumerate(self.gaps):
             if stop - start >= size:
@@ -57,7 +57,12 @@ class Arena:
             self.chunks.append(torch.empty(max(self.CHUNK, size), dtype=torch.uint8))
             if size < self.CHUNK:
                 insort(self.gaps, (chunk, size, self.CHUNK))
-        place = self.chunks[chunk][start:start + x.nbytes].view(x.dtype).view(x.shape)
+        place = self.chunks[chunk][start:start + x.nbytes].view(x.dtype)
+        if x.stride(1) == 1:
+            frames, channels, height, width = x.shape
+            place = place.view(frames, height, width, channels).permute(0, 3, 1, 2)
+        else:
+            place = place.view(x.shape)
         self.places[place.data_ptr()] = (chunk, start, start + size)
         return place.copy_(x)
 

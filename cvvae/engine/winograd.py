@@ -13,39 +13,14 @@ Neural Networks", 2020).
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-TIME, ROWS = 0, 2  # axes of [T, C, H, W]
-# From so many channels on along rows too: with fewer, sums of rows cost as much as the products saved.
-MANY_CHANNELS = 256
-MANY_CHANNELS_PICTURE = 128  # there strips have more rows, and rounding errors do not add to those of time
+TIME, ROWS, COLUMNS = 0, 2, 3  # axes of [T, C, H, W]
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, tap, bias) -> one tap's convolution
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Valid convolution of frames [T, C, H, W] with [K, C, 3, kh, kw], stride 1 -> [T - 2, K, H', W']."""
-    return _filtered(x, weight.unbind(2), bias, TIME, convolve_frames)
-
-
-def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Valid convolution of [T, C, H, W] with [K, C, kh, kw], frame by frame."""
-    return _convolve(x, weight, bias, MANY_CHANNELS)
-
-
-def convolve_picture(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same of one frame that has no others beside it."""
-    return _convolve(x, weight, bias, MANY_CHANNELS_PICTURE)
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, many: int) -> Tensor:
-    if weight.shape[2] == 3 and weight.shape[1] >= many:
-        return _filtered(x, weight.split(1, dim=2), bias, ROWS, F.conv2d)
-    return F.conv2d(x, weight, bias)
-
-
-def _filtered(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product) -> Tensor:
+def filtered(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product) -> Tensor:
     """A 3-tap filter along ``axis``: by fours, what is left by twos, what is left by one."""
     count = x.shape[axis] - 2
     parts, done = [], 0
@@ -81,7 +56,7 @@ def _fours(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, pr
     at_infinity = torch.sub(at(5), at(3), alpha=pp + qq).add_(at(1), alpha=pp * qq)
     infinity = product(at_infinity, future, None if bias is None else bias * (1 - pp))
     (p_sum, p_difference), (q_sum, q_difference) = pair(p, pp, qq), pair(q, qq, pp)
-    out, (first, second, third, fourth) = _interleaved(zero, 4, axis)
+    out, (first, second, third, fourth) = _interleaved(p_sum, 4, axis)
     torch.add(zero.add_(p_sum, alpha=1 / pp), q_sum, alpha=1 / qq, out=first)
     torch.add(infinity.add_(p_difference, alpha=p), q_difference, alpha=q, out=fourth)
     torch.add(p_difference.mul_(1 / p), q_difference, alpha=1 / q, out=second)
@@ -108,6 +83,36 @@ def _ones(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, pro
     return product(before, taps[0], bias).add_(product(at, taps[1], None)).add_(product(after, taps[2], None))
 
 
+def doubled(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, product: Product) -> Tensor:
+    """Nearest 2x up-sampling along ``axis``, then a 3-tap filter; of ``x`` the first and last are border.
+
+    weight: [K, C, kt, kh, kw], filtering along its dimension ``axis`` + 1.
+
+    Even outputs see the one before and their own, odd ones their own and the next.  What their own gives under the
+    whole filter is common to both, and the steps between neighbours do the rest: three products instead of four.
+    """
+    first, middle, last = weight.split(1, dim=axis + 1)
+    count = x.shape[axis] - 2
+    common = product(x.narrow(axis, 1, count), first + middle + last, bias)
+    steps = x.narrow(axis, 1, count + 1) - x.narrow(axis, 0, count + 1)
+    out, (even, odd) = _interleaved(common, 2, axis)
+    torch.sub(common, product(steps.narrow(axis, 0, count), first, None), out=even)
+    torch.add(common, product(steps.narrow(axis, 1, count), last, None), out=odd)
+    return out
+
+
+def halved(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, product: Product) -> Tensor:
+    """The same by four products, of 2-tap filters: what lies under two taps gets their sum."""
+    first, middle, last = weight.split(1, dim=axis + 1)
+    count = x.shape[axis] - 1
+    before = product(x.narrow(axis, 0, count), torch.cat([first, middle + last], axis + 1), bias)
+    behind = product(x.narrow(axis, 1, count), torch.cat([first + middle, last], axis + 1), bias)
+    out, (even, odd) = _interleaved(before, 2, axis)
+    even.copy_(before)
+    odd.copy_(behind)
+    return out
+
+
 def _every(x: Tensor, start: int, step: int, count: int, axis: int) -> Tensor:
     """Frames or rows ``start``, ``start + step``, ... that the ``count`` outputs need."""
     picked = [slice(None)] * x.ndim
@@ -119,5 +124,6 @@ def _interleaved(like: Tensor, count: int, axis: int) -> tuple[Tensor, list[Tens
     """Room for ``count`` outputs by turns along ``axis``, each of the shape of ``like``; and each one's share of it."""
     shape = list(like.shape)
     shape[axis] *= count
-    out = like.new_empty(shape)
+    layout = torch.channels_last if like.stride(1) == 1 else torch.contiguous_format
+    out = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
     return out, [_every(out, k, count, out.shape[axis], axis) for k in range(count)]
