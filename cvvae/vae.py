@@ -14,6 +14,7 @@ from .frames import SPACE_FACTOR, frames_of, latent_side, latents_of, padded_fra
 from .model import Decoder, Encoder
 from .posterior import Posterior
 from .tiling import WHOLE, Tile, Tiling, make_plan
+from .transfer import fetched, sent
 
 MODES = ("video", "image")
 EXECUTORS = ("fast", "plain")
@@ -126,7 +127,7 @@ class VideoVAE(Autoencoder):
         step = _counter(progress, clips * len(run.plan) * run.passes)
         for source, target in _clips(clip, moments, mode):
             windows = [(source[:, :, window.frames()], window.before) for window in run.plan.windows]
-            _fill(target, run.pieces(windows, step))
+            _fill(target, fetched(run.pieces(windows, step), target.device, target.dtype))
         return Posterior(moments)
 
     @torch.no_grad()
@@ -160,7 +161,7 @@ class VideoVAE(Autoencoder):
         step = _counter(progress, clips * len(needed) * len(run.plan.tiles) * run.passes)
         for source, target in _clips(latents, clip, mode):
             windows = [(source[:, :, window.latents()], window.before) for window in needed]
-            _fill(target, run.pieces(windows, step))
+            _fill(target, fetched(run.pieces(windows, step), target.device, target.dtype))
         return clip
 
     def reconstruct(self, clip: Tensor, mode: str = "video") -> Tensor:
@@ -185,8 +186,8 @@ class VideoVAE(Autoencoder):
         _check_size(*first.shape[-2:])
         size = latents_of(first.shape[2]), *map(latent_side, first.shape[-2:])
         run = Run(self, self.encoder, self.tiling, size, None, check)
-        for moments in run.pieces(chain([(first, before)], windows), progress or nothing):
-            yield Posterior(moments).mode().to(first.device, self.dtype)
+        moments = run.pieces(chain([(first, before)], windows), progress or nothing)
+        yield from fetched((Posterior(part).mode() for part in moments), first.device, self.dtype)
 
     @torch.no_grad()
     def decode_stream(self, parts: Iterable[Tensor], progress: Callable[[], None] | None = None,
@@ -202,8 +203,7 @@ class VideoVAE(Autoencoder):
                            "There are no latents to decode.")
         first, before = next(windows)
         run = Run(self, self.decoder, self.tiling, tuple(first.shape[2:]), None, check)
-        for frames in run.pieces(chain([(first, before)], windows), progress or nothing):
-            yield frames.to(first.device, self.dtype)
+        yield from fetched(run.pieces(chain([(first, before)], windows), progress or nothing), first.device, self.dtype)
 
 
 class Run:
@@ -242,12 +242,12 @@ class Run:
                              "need all of it. Use 'tile' or 'window' here, or encode() and decode().")
         if self.tiling.statistics == "clip" and self.passes == 2:
             statistics = engine.Statistics()
-            for x, _ in windows:
+            for x, _ in sent(windows, self.device, self.vae.dtype):
                 self._window(x, statistics, step)
             statistics.pool()
         keep = self.tiling.shared if self.encodes else frames_of(self.tiling.shared)
         held = None
-        for x, before in windows:
+        for x, before in sent(windows, self.device, self.vae.dtype):
             piece = self._window(x, statistics, step)
             if before and keep == 1:
                 piece = piece[:, :, 1:]
@@ -264,7 +264,6 @@ class Run:
             yield held
 
     def _window(self, x: Tensor, statistics: engine.Statistics | None, step: Callable[[], None]) -> Tensor:
-        x = x.to(self.device, self.vae.dtype)
         if self.encodes:
             x = _pad_to_8(_pad_time(x))
         if statistics is None and self.tiling.statistics == "window" and len(self.plan.tiles) > 1:
@@ -273,8 +272,12 @@ class Run:
                 self._tile(x, tile, statistics)
                 step()
             statistics.pool()
-        return _join(self.plan.tiles, 1 if self.encodes else SPACE_FACTOR,
-                     lambda tile: self._tile(x, tile, statistics), step)
+        whole = _join(self.plan.tiles, 1 if self.encodes else SPACE_FACTOR,
+                      lambda tile: self._tile(x, tile, statistics), step)
+        if self.vae.dtype == torch.float16 and not whole.isfinite().all() and x.isfinite().all():
+            raise FloatingPointError(f"{'Encoding' if self.encodes else 'Decoding'} in float16 gave values that are not "
+                                     "finite: these weights need a wider range. Load the model in bfloat16 or float32.")
+        return whole
 
     def _tile(self, x: Tensor, tile: Tile, statistics: engine.Statistics | None) -> Tensor:
         rows, cols = ((span.pixels() if self.encodes else span.latents()) for span in (tile.rows, tile.cols))

@@ -35,13 +35,12 @@ class CVVAEDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples, vae, mode: str, frames: int, window: int, tile: int, overlap: int,
-                memory: float = 0.0) -> io.NodeOutput:
+    def execute(cls, samples, vae, mode: str, frames: int, **cut) -> io.NodeOutput:
         vae = require_cv_vae(vae, "VAE Decode")
         latents = samples["samples"]
         origin = samples.get("cv_vae", {})
         mode = MODES.get(mode) or origin.get("mode") or vae.mode_of(latents)
-        images = vae.decode_clip(latents, mode, make_tiling(window, tile, overlap, memory),
+        images = vae.decode_clip(latents, mode, make_tiling(**cut),
                                  frames or frames_encoded(origin, latents, mode), size_encoded(origin, latents))
         return io.NodeOutput(images.flatten(0, -4))
 

@@ -33,11 +33,10 @@ class CVVAEEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pixels, vae, mode: str, layout: str, window: int, tile: int, overlap: int,
-                memory: float = 0.0) -> io.NodeOutput:
+    def execute(cls, pixels, vae, mode: str, layout: str, **cut) -> io.NodeOutput:
         vae = require_cv_vae(vae, "VAE Encode")
         mode = MODES.get(mode, vae.batch_is)
-        latents = vae.encode_clip(pixels, mode, make_tiling(window, tile, overlap, memory))
+        latents = vae.encode_clip(pixels, mode, make_tiling(**cut))
         if layout == CLIP:
             latents = latents.movedim(0, 1)[None]
         frames, height, width = pixels.shape[:3]

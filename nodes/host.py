@@ -176,7 +176,6 @@ class NativeVAE(comfy.sd.VAE):
                                                           **callbacks),
             lambda tiling: self._bytes_decode(mode, clips.shape, self.vae_dtype, tiling), tiling,
             [side * SPACE_FACTOR for side in clips.shape[-2:]])
-        self._refuse_overflow(pixels)
         images = self.process_output(self._returned(pixels)).movedim(-4, -1)
         return images if latents.ndim == 5 else images[0]
 
@@ -226,6 +225,9 @@ class NativeVAE(comfy.sd.VAE):
                                                force_full_load=self.disable_offload)
                     return compute(tiling, progress=Progress(),
                                    check=management.throw_exception_if_processing_interrupted)
+            except FloatingPointError as error:
+                raise ValueError(f"{error} Choose bf16 or fp32 in the Load CV-VAE node, and start ComfyUI without "
+                                 "--fp16-vae.") from None
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -238,11 +240,6 @@ class NativeVAE(comfy.sd.VAE):
                         "" if same_pieces(tiling, less) else " Group norms then see less of the picture, so the result "
                         "differs slightly.")
             tiling = less
-
-    def _refuse_overflow(self, pixels: Tensor) -> None:
-        if self.vae_dtype == torch.float16 and not torch.isfinite(pixels).all():
-            raise ValueError("Decoding in float16 gave values that are no numbers: these weights need a wider range. "
-                             "Choose bf16 or fp32 in the Load CV-VAE node (and start ComfyUI without --fp16-vae).")
 
     # Estimates for the host's memory management.  Hosts and packs call the first two with the shapes that
     # native nodes use; both assume the model's current tiling.

@@ -10,6 +10,7 @@ from image_oracle import LAYOUTS, image_state
 from random_weights import VARIANTS, noise, video_clip, video_vae
 
 from cvvae import Tiling, load_image_vae
+from cvvae.vae import EXECUTORS
 
 SIZES = [(8, 8), (9, 17), (17, 9), (8, 67), (67, 8)]
 CUT = Tiling(window_frames=9, tile_pixels=16, overlap_pixels=8)
@@ -130,6 +131,19 @@ class TestDtypesAndDevices:
         assert half_latents.dtype == half_decoded.dtype == dtype
         assert distance(half_latents, latents) < tolerance
         assert distance(half_decoded, decoded) < tolerance
+
+    @pytest.mark.parametrize("executor", EXECUTORS)
+    def test_an_overflow_of_float16_is_an_error_that_says_so(self, executor):
+        vae = video_vae(dtype=torch.float16)
+        vae.executor = executor
+        latents = vae.encode(video_clip(1)).mean
+        for conv in (vae.encoder.conv_out, vae.decoder.conv_out):
+            conv.weight.data.mul_(1e5)
+        with pytest.raises(FloatingPointError, match="Decoding in float16 .* Load the model in bfloat16 or float32"):
+            vae.decode(latents)
+        with pytest.raises(FloatingPointError, match="Encoding in float16"):
+            vae.encode(video_clip(1))
+        assert not vae.decode(latents * float("nan")).isfinite().any()  # what came in, not the model's doing
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_results_have_the_dtype_of_the_weights_not_of_the_input(self, dtype):

@@ -574,6 +574,25 @@ def windows_and_tiles_of_the_nodes_are_the_librarys():
 
 
 @check
+def quality_shares_more_between_pieces():
+    vae, pixels = load(), clip(25, 32, 40)
+    latents = run("CVVAEEncode", pixels=pixels, vae=vae, pieces="quality")[0]
+    with tiling(vae, overlap_frames=5):
+        close(latents["samples"], vae.encode(pixels))
+        expected = vae.decode(latents["samples"])
+    close(run("CVVAEDecode", samples=latents, vae=vae, pieces="quality")[0], expected)
+    assert (run("CVVAEDecode", samples=latents, vae=vae)[0] - expected).abs().max() > 1e-3
+
+
+@check
+def an_overflow_of_fp16_is_explained():
+    vae = load(dtype="fp16")
+    latents = vae.encode(clip(5, 16, 16))
+    model_of(vae).decoder.conv_out.weight.data *= 1e5
+    raises("Choose bf16 or fp32 in the Load CV-VAE node", run, "VAEDecode", samples={"samples": latents}, vae=vae)
+
+
+@check
 def wrong_inputs_are_explained():
     torch = host.torch
     raises("VAE Encode", run, "CVVAEEncode", pixels=clip(1), vae=stock_vae())
