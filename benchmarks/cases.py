@@ -89,7 +89,8 @@ def _flop(operation: str, variant: str, widths: tuple[int, ...], t: int, h: int,
 
 def contenders(options: argparse.Namespace) -> list[str]:
     """Names of the models to compare, ours first."""
-    return ["ours"] + ["plain"] * options.plain + ["reference"] * (options.reference is not None)
+    return (["ours"] + ["compiled"] * options.compiled + ["plain"] * options.plain
+            + ["reference"] * (options.reference is not None))
 
 
 def build(name: str, variant: str, options: argparse.Namespace, memory: int | str | None = "auto") -> Contender:
@@ -97,7 +98,7 @@ def build(name: str, variant: str, options: argparse.Namespace, memory: int | st
     dtype = getattr(torch, options.dtype)
     if name == "reference":
         return reference(options.reference, variant, options.widths, options.device, dtype)
-    executor = {"ours": "fast", "plain": "plain"}[name]
+    executor = "fast" if name == "ours" else name
     return ours(variant, options.widths, options.device, dtype, executor, memory)
 
 
@@ -127,6 +128,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which models, of which shape, and where: what :func:`contenders` and :func:`build` read."""
     parser.add_argument("--reference", type=_checkout, metavar="PATH",
                         help="a checkout of github.com/AILab-CVC/CV-VAE to compare with; without it only ours is measured")
+    parser.add_argument("--compiled", action="store_true", help="also measure our engine with torch.compile")
     parser.add_argument("--plain", action="store_true", help="also measure our definition run layer by layer")
     parser.add_argument("--variant", nargs="+", choices=list(CHANNELS), default=list(CHANNELS), dest="variants",
                         help="families: v1 has 4 latent channels, sd3 has 16")

@@ -15,7 +15,7 @@ from machine import Row, megabytes, publish, seconds_text
 
 AXES = {"frames": "frames", "side": "side of the picture, pixels", "batch": "clips in a batch"}
 LINES = {"encode": "--", "decode": "-"}
-MARKERS = {"ours": "o", "plain": "s", "reference": "^"}
+MARKERS = {"ours": "o", "compiled": "D", "plain": "s", "reference": "^"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

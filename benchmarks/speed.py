@@ -1,4 +1,4 @@
-"""Time of one encode and one decode: ours, our plain definition and the official code, in turn on the same weights.
+"""Time of one encode and one decode: ours, also compiled or run plainly, and the official code, in turn on the same weights.
 
     python benchmarks/speed.py --reference ../CV-VAE
 """
@@ -6,10 +6,12 @@
 import argparse
 import statistics
 from collections.abc import Sequence
+from functools import partial
+from time import perf_counter
 
 import torch
 from cases import Case, add_cases_option, add_model_options, build, cases, contenders, make_parser, parse_count
-from machine import Row, interleave, publish, seconds_text
+from machine import Row, interleave, publish, seconds_text, synchronize
 from reference import Contender, distance
 from torch import Tensor
 
@@ -49,9 +51,17 @@ def measure(case: Case, models: dict[str, Contender], options: argparse.Namespac
                 raise SystemExit(f"{case.variant} {case.operation} {case.size}: {name} and {expected} differ by "
                                  f"{differences[name]:.2g} standard deviations; they do not compute the same thing.")
 
-    calls = {name: lambda model=model: case.run(model, x) for name, model in models.items()}
-    seconds = interleave(calls, options.rounds, options.device, compare)
-    return {**case.describe(), "seconds": seconds, "differences": differences,
+    first = {}
+
+    def run(name: str) -> Tensor:
+        started = perf_counter()
+        result = case.run(models[name], x)
+        synchronize(options.device)
+        first.setdefault(name, perf_counter() - started)
+        return result
+
+    seconds = interleave({name: partial(run, name) for name in models}, options.rounds, options.device, compare)
+    return {**case.describe(), "seconds": seconds, "first_seconds": first, "differences": differences,
             "flop": case.flop(options.widths, cvvae.Tiling())}
 
 
@@ -64,6 +74,8 @@ def row(measurement: dict) -> Row:
              "TFLOP": f"{flop / 1e12:.3g}"}
     cells |= {name: seconds_text(taken) for name, taken in seconds.items()}
     cells |= {f"{name} / ours": f"{median / medians['ours']:.2f}" for name, median in medians.items() if name != "ours"}
+    if "compiled" in seconds:
+        cells["compiled, first call"] = seconds_text([measurement["first_seconds"]["compiled"]])
     cells |= {f"{name}, GFLOP/s": f"{flop / median / 1e9:.0f}" for name, median in medians.items()}
     cells |= {f"{name}, difference": f"{value:.1e} sd" for name, value in measurement["differences"].items()}
     return cells

@@ -17,7 +17,7 @@ from .tiling import WHOLE, Tile, Tiling, make_plan
 from .transfer import fetched, sent
 
 MODES = ("video", "image")
-EXECUTORS = ("fast", "plain")
+EXECUTORS = ("fast", "compiled", "plain")
 Progress = Callable[[int, int], None]
 Check = Callable[[], None]
 
@@ -29,8 +29,9 @@ def nothing() -> None:
 class Autoencoder(nn.Module):
     """An encoder and a decoder with their :class:`Config`; in eval mode as built.
 
-    executor: what runs them where no gradient is needed: "fast" (:mod:`cvvae.engine`), or "plain", the
-        modules themselves.  Both give the same numbers, to rounding.
+    executor: what runs them where no gradient is needed: "fast" (:mod:`cvvae.engine`), "compiled" (the same with
+        torch.compile, which takes seconds to minutes at the first use and a compiler), or "plain", the modules
+        themselves.  All give the same numbers, to rounding.
     weights_of: where the engine gets a layer's weights; ComfyUI moves them around.
     """
 
@@ -58,9 +59,9 @@ class Autoencoder(nn.Module):
                  statistics: engine.Statistics | None = None) -> Tensor:
         """Run ``network`` on [1, C, T, H, W]: a clip, or T independent images ("stills")."""
         if self.executor not in EXECUTORS:
-            raise ValueError(f"executor is {self.executor!r}; it must be 'fast' or 'plain'.")
-        if self.executor == "fast" and engine.knows(network):
-            return engine.run(network, x, stills, memory, check, self.weights_of, statistics)
+            raise ValueError(f"executor is {self.executor!r}; it must be one of {', '.join(map(repr, EXECUTORS))}.")
+        if self.executor != "plain" and engine.knows(network):
+            return engine.run(network, x, stills, memory, check, self.weights_of, statistics, self.executor == "compiled")
         check()
         return torch.cat([network(part) for part in x.split(1, dim=2)], dim=2) if stills else network(x)
 
@@ -219,7 +220,7 @@ class Run:
         tiling = tiling or WHOLE
         window = (min(size[0], tiling.window or size[0]), *size[1:])
         self.memory = None
-        if vae.executor == "fast" and engine.knows(network):
+        if vae.executor != "plain" and engine.knows(network):
             self.memory = engine.budget(tiling.memory, self.device)
             tiling = engine.fitting(tiling, self.memory, vae.config, self.encodes, window, vae.dtype, self.device)
         self.tiling = tiling

@@ -105,7 +105,7 @@ class TestExecutors:
 
     def test_an_unknown_name_is_refused(self, vae):
         vae.executor = "turbo"
-        with pytest.raises(ValueError, match="executor is 'turbo'; it must be 'fast' or 'plain'"):
+        with pytest.raises(ValueError, match="executor is 'turbo'; it must be one of 'fast', 'compiled', 'plain'"):
             vae.decode(latents_for(vae, 1, 2, 2))
 
     def test_layers_put_in_or_watched_are_called(self, vae):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 from compare import distance
@@ -50,20 +51,17 @@ def model_and_clip(case, recipe, executor):
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("name", CASES)
 def test_same_weights_give_the_same_numbers(name, executor, cases, recipe, expected):
+    if executor == "compiled" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
     vae, clip = model_and_clip(cases[name], recipe, executor)
     posterior = vae.encode(clip)
     mean = expected(name, "mean")
     assert distance(posterior.mean, mean) < 1e-4
     assert distance(posterior.logvar, expected(name, "logvar")) < 1e-4
-    assert distance(vae.decode(mean), expected(name, "decoded")) < 1e-4
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_so_does_the_way_there_and_back(name, cases, recipe, expected):
-    """Decoding makes the rounding errors of encoding three times as large; torch's own layers without AVX-512, and so
-    the plain executor, then miss the 1e-4 that the engine keeps to."""
-    vae, clip = model_and_clip(cases[name], recipe, "fast")
-    assert distance(vae.decode(vae.encode(clip).mean), expected(name, "decoded")) < 1e-4
+    # Decoding makes rounding errors of encoding three times as large.  Torch's own layers, and so the plain executor,
+    # then miss 1e-4 on a CPU without AVX-512, as the reference does; the engine keeps to it there and back.
+    decoded = vae.decode(posterior.mean if executor == "fast" else mean)
+    assert distance(decoded, expected(name, "decoded")) < 1e-4
 
 
 @pytest.mark.parametrize("variant", ["v1", "sd3"])

@@ -10,7 +10,6 @@ from image_oracle import LAYOUTS, image_state
 from random_weights import VARIANTS, noise, video_clip, video_vae
 
 from cvvae import Tiling, load_image_vae
-from cvvae.vae import EXECUTORS
 
 SIZES = [(8, 8), (9, 17), (17, 9), (8, 67), (67, 8)]
 CUT = Tiling(window_frames=9, tile_pixels=16, overlap_pixels=8)
@@ -132,7 +131,7 @@ class TestDtypesAndDevices:
         assert distance(half_latents, latents) < tolerance
         assert distance(half_decoded, decoded) < tolerance
 
-    @pytest.mark.parametrize("executor", EXECUTORS)
+    @pytest.mark.parametrize("executor", ["fast", "plain"])
     def test_an_overflow_of_float16_is_an_error_that_says_so(self, executor):
         vae = video_vae(dtype=torch.float16)
         vae.executor = executor

@@ -1,7 +1,8 @@
 """The fast engine: another executor of the definition in :mod:`cvvae.model`, for inference.
 
 Read :mod:`.executor` first: the walk through the layers; :mod:`.activation` and :mod:`.store`: how their
-outputs are kept; :mod:`.kernels` and :mod:`.winograd`: convolutions; :mod:`.memory`: sizes.
+outputs are kept; :mod:`.kernels`, :mod:`.products` and :mod:`.winograd`: convolutions; :mod:`.passes`: the rest;
+:mod:`.memory`: sizes.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..frames import frames_of
 from ..model import Decoder, Downsample, Encoder, ResnetBlock, SpatialAttention, TemporalAttention, Upsample
+from . import passes
 from .activation import Statistics
 from .executor import Executor, Weights, own_weights
 from .memory import Footprint, budget, fitting, footprint
@@ -34,12 +36,13 @@ def knows(network: nn.Module) -> bool:
 
 
 def run(network: Encoder | Decoder, x: Tensor, stills: bool, memory: int | None, check: Callable[[], None],
-        weights: Weights, statistics: Statistics | None = None) -> Tensor:
+        weights: Weights, statistics: Statistics | None = None, compiled: bool = False) -> Tensor:
     """What ``network(x)`` gives for [1, C, T, H, W]; ``stills`` are T independent images.
 
     memory: bytes to compute in, beside weights, ``x`` and the result; None for no limit.
     check: called after every strip; may raise to cancel.
     statistics: what group norms share with other calls.
+    compiled: see :mod:`.passes`.
     """
     encodes = isinstance(network, Encoder)
     frames, height, width = x.shape[2:]
@@ -49,5 +52,6 @@ def run(network: Encoder | Decoder, x: Tensor, stills: bool, memory: int | None,
         channels, widest = network.norm_out.num_channels, network.up[0].block[0].norm1.num_channels
         frames, height, width = frames if stills else frames_of(frames), 8 * height, 8 * width
     tile = Footprint(frames, height, width, channels, widest, x.element_size(), x.device.type)
-    executor = Executor(*tile.plan(memory), stills, check, weights, statistics)
+    executor = Executor(*tile.plan(memory), stills, check, weights, statistics,
+                        passes.compiled() if compiled else passes.EAGER)
     return executor.encode(network, x) if encodes else executor.decode(network, x)

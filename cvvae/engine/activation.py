@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .passes import EAGER
 from .store import Store
 
 Compute = Callable[[int, int], Tensor]
@@ -21,21 +22,21 @@ LOOK_BACK = 6  # rows above a strip that residual blocks and up-samplers still a
 class Moments:
     """Sums over rows, and over frames unless ``by_frame``, of an activation's channels, as strips come in."""
 
-    def __init__(self, by_frame: bool):
+    def __init__(self, by_frame: bool, sums: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = EAGER.sums):
         self.dims = (2, 3) if by_frame else (0, 2, 3)
+        self.sums = sums
         self.count = 0
         self.pilot: Tensor | None = None
 
     def add(self, strip: Tensor) -> None:
-        x = strip.float()
         if self.pilot is None:
             # Squares are summed around a first guess of the mean; around zero they would lose the digits that count.
-            self.pilot = x.mean(self.dims, keepdim=True)
+            self.pilot = strip.float().mean(self.dims, keepdim=True)
             self.first = self.second = 0
-        x = x - self.pilot
-        self.first = self.first + _exact(x.sum(self.dims, keepdim=True))
-        self.second = self.second + _exact(x.square_().sum(self.dims, keepdim=True))
-        self.count += x.numel() // self.pilot.numel()
+        first, second = self.sums(strip, self.pilot)
+        self.first = self.first + _exact(first).sum(self.dims, keepdim=True)
+        self.second = self.second + _exact(second).sum(self.dims, keepdim=True)
+        self.count += strip.numel() // self.pilot.numel()
 
     def mean_and_square(self) -> tuple[Tensor, Tensor]:
         """Mean of x and of x squared, [1 or T, C, 1, 1]."""
@@ -83,15 +84,16 @@ class Activation:
     strip: rows of a strip; the last one may be lower.
     compute: (first row, row behind the last) -> [T, C, rows, W]; None where all is kept from the start.
     like: a tensor of its dtype and device.
+    moments: what its strips are measured with.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], strip: int, compute: Compute | None, like: Tensor,
-                 by_frame: bool):
+                 moments: Moments):
         self.shape = shape
         self.strip = strip
         self.compute = compute
         self.like = like.new_empty(0)
-        self.moments = Moments(by_frame)
+        self.moments = moments
         self.kept: list[Tensor | None] = [None] * -(-shape[2] // strip)
         # What was computed last without being kept: the next strip's kernels look back at it.
         self.recent: list[tuple[int, Tensor]] = []

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import Decoder, Downsample, Encoder, Padding, ResnetBlock, SpatialAttention, Upsample
 from . import kernels
-from .activation import Activation, Compute, Statistics, settle
+from .activation import Activation, Compute, Moments, Statistics, settle
+from .passes import EAGER, Passes
 from .store import Store
 
 Weights = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
@@ -47,18 +47,20 @@ class Executor:
     stills: the frames are independent images, not a clip.
     check: called after every strip; may raise to cancel.
     weights: where layers' weights come from.
-    statistics: what group norms share with other passes.
+    statistics: what group norms share with other runs.
+    passes: how activations are normalised and measured.
     """
 
     def __init__(self, strip_rows: Callable[[int, int], int], memory: int | None = None, stills: bool = False,
                  check: Callable[[], None] = lambda: None, weights: Weights = own_weights,
-                 statistics: Statistics | None = None):
+                 statistics: Statistics | None = None, passes: Passes = EAGER):
         self.strip_rows = strip_rows
         self.stills = stills
         self.store = Store(memory)
         self.check = check
         self.weights = weights
         self.statistics = statistics
+        self.passes = passes
         self.norms = 0
 
     def encode(self, encoder: Encoder, clip: Tensor) -> Tensor:
@@ -238,8 +240,7 @@ class Executor:
             if affine is None:
                 place.copy_(piece)
             else:
-                scale, shift = affine
-                F.silu(torch.addcmul(shift, piece, scale, out=place), inplace=True)
+                self.passes.activate(piece, *affine, place)
         clip = out[front:front + frames]
         top, bottom = top - start, bottom - start
         _fill(clip[:, :, top:bottom], 3, left, left + width, border.space_mode)
@@ -250,7 +251,8 @@ class Executor:
     # -- activations ---------------------------------------------------------------------------------
 
     def _layer(self, shape: tuple[int, int, int, int], compute: Compute | None, like: Tensor) -> Activation:
-        return Activation(shape, self.strip_rows(shape[0], shape[3]), compute, like, self.stills)
+        moments = Moments(self.stills, self.passes.sums)
+        return Activation(shape, self.strip_rows(shape[0], shape[3]), compute, like, moments)
 
     def _input(self, x: Tensor) -> Activation:
         """[1, C, T, H, W], all there from the start."""

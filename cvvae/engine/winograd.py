@@ -1,8 +1,9 @@
-"""Fewer multiplications: Winograd's F(4, 3) along time, and along rows where there are many channels.
+"""Fewer multiplications: Winograd's F(4, 3) along time, rows or columns, and filters behind up-sampling.
 
 Four neighbouring outputs of a 3-tap filter need six products instead of twelve (Lavin & Gray, "Fast Algorithms
-for Convolutional Neural Networks", 2015).  Here a product is a convolution of a sum of frames, or of rows, by the
-library's own kernels, which run near the CPU's peak.
+for Convolutional Neural Networks", 2015).  Here a product is a convolution of a sum of frames, rows or columns with
+what is left of the kernel: by one of the CPU's libraries, which run near its peak, or by the same method along
+another axis.
 
 The method evaluates polynomials at six points.  The usual 0, 1, -1, 2, -2 and infinity lose a digit at every
 layer; 0, +-sqrt(1/2), +-sqrt(2) and infinity keep sums and differences of like size, and rounding errors are those
