@@ -44,7 +44,7 @@ def latents_for(vae, t: int, h: int, w: int):
 
 
 class TestExecutors:
-    SIZES = [(1, 6, 5), (2, 3, 4), (3, 9, 3), (5, 5, 6)]
+    SIZES = [(1, 6, 5), (2, 3, 4), (3, 7, 3)]
 
     @pytest.mark.parametrize("t, h, w", SIZES)
     def test_decode(self, vae, cpu, t, h, w):
@@ -127,7 +127,7 @@ class TestStrips:
 
     @pytest.mark.parametrize("limit", [None, 10 ** 6, 2 * 10 ** 5, 0])
     @pytest.mark.parametrize("rows", [4, 6, 1000])
-    def test_same_numbers(self, vae, cpu, rows, limit):
+    def test_same_numbers(self, vae, rows, limit):
         t, h, w = (3, 6, 3) if limit else (2, 3, 3)
         z, clip = latents_for(vae, t, h, w), video_clip(4 * t - 3, 8 * h, 8 * w)
         for network, x, run in ((vae.decoder, z, "decode"), (vae.encoder, clip, "encode")):
@@ -136,8 +136,8 @@ class TestStrips:
             assert executor.store.held == 0
 
     def test_room_is_kept_to(self, vae):
-        z, held = latents_for(vae, 3, 12, 6), []
-        limit = 3 * 10 ** 6
+        z, held = latents_for(vae, 2, 10, 6), []
+        limit = 15 * 10 ** 5
         executor = Executor(lambda frames, width: 4, memory=limit, check=lambda: held.append(executor.store.held))
         executor.decode(vae.decoder, z)
         unlimited = []
@@ -240,7 +240,7 @@ class TestMemory:
     """What a Tiling's ``memory`` does: nothing to the numbers, until tiles must shrink, and then the log says so."""
 
     def test_numbers_are_the_same(self, vae):
-        clip = video_clip(9, 64, 48)
+        clip = video_clip(5, 40, 24)
         vae.tiling = cvvae.Tiling(9, None, memory=None)
         expected = vae.encode(clip).mean
         decoded = vae.decode(expected)

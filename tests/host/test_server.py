@@ -10,8 +10,8 @@ ENOUGH = 20  # dB; the built-in model reaches 24 to 28, random weights about 10
 
 NODES = {
     "CVVAELoader": (["vae_name", "batch_is", "dtype"], ["VAE"]),
-    "CVVAEEncode": (["pixels", "vae", "mode", "layout", "window", "tile", "overlap", "memory"], ["LATENT"]),
-    "CVVAEDecode": (["samples", "vae", "mode", "frames", "window", "tile", "overlap", "memory"], ["IMAGE"]),
+    "CVVAEEncode": (["pixels", "vae", "mode", "layout", "window", "tile", "overlap", "memory", "pieces"], ["LATENT"]),
+    "CVVAEDecode": (["samples", "vae", "mode", "frames", "window", "tile", "overlap", "memory", "pieces"], ["IMAGE"]),
     "CVVAEExample": (["media"], ["IMAGE", "FLOAT"]),
 }
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN", "COMFY_DYNAMICCOMBO_V3")
