@@ -27,6 +27,7 @@ LOW_STRIP_PICTURE = 4  # rows; as many as Winograd's method makes at once
 LOWEST_STRIP = 2  # rows; where memory is short
 SHALLOW = 12  # strips, with their borders, that are in flight while everything needed again is kept
 DEEP = 13  # layers at full resolution that are in flight where it is not, each with some rows of several strips
+HOLES = 1 / 8  # of a budget, which the CPU's heap keeps between tensors it gave back
 SCRATCH = 160 * 10 ** 6  # kernels being folded, and what the libraries set aside
 FREE_SHARE = 0.8  # of what is free on a GPU; other programs draw there too
 FREE_SHARE_CPU = 0.5
@@ -70,6 +71,8 @@ class Footprint:
         """How to compute within ``memory``: (frames, width) of a layer -> rows of a strip, and bytes to keep."""
         if memory is None or memory >= self.peak():
             return lambda frames, width: self._strip(frames, width, self._strip_bytes(), self._low()), None
+        if self.device == "cpu":
+            memory -= int(memory * HOLES)
         # As few rows in smaller layers too: there are many more of them, and what they hold adds up.
         rows = self._rows_of(min(self._strip_bytes(), memory // 250), LOWEST_STRIP)
         return lambda frames, width: rows, max(0, memory - self._deep(rows))
