@@ -1,13 +1,15 @@
 """Measures one case in a process of its own, so that nothing an earlier one left behind is counted."""
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import torch
 from cases import Case, build
@@ -19,11 +21,21 @@ def call(function: Callable[..., dict], *arguments, **named) -> dict:
 
     {} where the process was ended from outside, which is what running out of memory looks like.
     """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_end_with_parent) as pool:
         try:
             return pool.submit(function, *arguments, **named).result()
         except BrokenProcessPool:
             return {}
+
+
+def _end_with_parent() -> None:
+    """Without this, a benchmark that is killed leaves the case at hand computing beside whatever comes next."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def measure(name: str, case: Case, options: argparse.Namespace, memory: int | str | None = "auto", rounds: int = 1,
