@@ -19,12 +19,11 @@ from torch import Tensor
 
 import cvvae
 from cvvae import Tiling
-from cvvae.metrics import decibels, psnr
+from cvvae.metrics import WINDOW_STRIDE, decibels, psnr, ratio_at, seam_ratio, window_borders
 from cvvae.training.data import load_clip
 
 FLOWER = Path(__file__).parents[1] / "workflows" / "media" / "flower.mp4"
-WINDOW = 17  # frames of the reference's windows: its borders are where every plan is judged
-STRIDE = WINDOW - 1
+WINDOW = WINDOW_STRIDE + 1  # frames of the reference's windows: their borders are where every plan is judged
 REFERENCE = "reference: 17, one shared"
 
 
@@ -84,26 +83,18 @@ def tile_plans(tile: int) -> dict[str, Tiling]:
 def judge(kind: str, found: Tensor, source: Tensor, uncut: Tensor, tile: int) -> dict:
     """Scores of a reconstruction [1, 3, T, H, W]."""
     error = (found - source).float()
-    steps = (error[:, :, 1:] - error[:, :, :-1]).abs().mean((0, 1, 3, 4))
-    borders = list(range(STRIDE, len(steps), STRIDE))
+    borders = window_borders(error.shape[2] - 1)
     by_position = error.clamp(-2, 2).square().mean((0, 1, 3, 4)) / 4
     columns = error.mean((0, 1, 2, 3))
     step = tile - tile // 4 // 8 * 8
     return {"psnr": psnr(found, source), "psnr_uncut": psnr(found, uncut),
             "psnr_by_frame": [decibels(value) for value in by_position.tolist()],
-            "seam": ratio_at(steps, borders) if kind == "windows" else ratio_at(columns.diff().abs(), tile_borders(
+            "seam": seam_ratio(found, source) if kind == "windows" else ratio_at(columns.diff().abs(), tile_borders(
                 len(columns), tile, step)),
             "first_of_window": decibels(by_position[borders].mean().item()) if borders else None,
             "by_group_of_four": [decibels(by_position[1 + k::4].mean().item()) for k in range(4)],
-            "colour_shift": colour_shift(error, STRIDE) * 127.5 if kind == "windows" else colour_shift(
+            "colour_shift": colour_shift(error, WINDOW_STRIDE) * 127.5 if kind == "windows" else colour_shift(
                 error.movedim(-1, 2), step) * 127.5}
-
-
-def ratio_at(values: Tensor, places: list[int]) -> float:
-    """Mean of ``values`` at ``places`` over the mean elsewhere: 1 where nothing shows."""
-    chosen = torch.zeros(len(values), dtype=torch.bool)
-    chosen[places] = True
-    return (values[chosen].mean() / values[~chosen].mean()).item() if places else float("nan")
 
 
 def tile_borders(width: int, tile: int, step: int) -> list[int]:
@@ -140,7 +131,7 @@ def draw(pyplot, measurements: list[dict], differences: dict[str, Tensor], path:
     for plan in window_plans():
         curves = torch.tensor([m["psnr_by_frame"] for m in measurements if (m["kind"], m["plan"]) == ("windows", plan)])
         axes.plot(curves.mean(0), label=plan, linewidth=2 if plan in ("uncut", REFERENCE) else 1)
-    for border in range(STRIDE, curves.shape[1], STRIDE):
+    for border in window_borders(curves.shape[1] - 1):
         axes.axvline(border + 0.5, color="0.7", linewidth=0.8)
     axes.set(xlabel="frame (lines: borders of the reference's windows)", ylabel="PSNR with the source, dB")
     axes.legend(fontsize=8)

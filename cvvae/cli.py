@@ -1,22 +1,26 @@
-"""The command line: reconstruct, encode, decode, info, inflate, train, evaluate."""
+"""The command line: reconstruct, encode, decode, info, inflate, prepare, train, evaluate."""
 
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint
+from . import __version__, checkpoint
 from .checkpoint import BUILT_IN, load, load_image_vae, save
 from .frames import latent_side, latents_of
 from .inflate import inflate
 from .tiling import QUALITY, Tiling, make_plan
-from .vae import VideoVAE
+from .training import TrainingError
+from .vae import Autoencoder, VideoVAE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHEETS = 16  # clips shown on a contact sheet
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped; nothing half-written was left behind.", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -73,16 +77,10 @@ def _decode(options) -> None:
 
 def _info(options) -> None:
     path = {"tiny": BUILT_IN / "tiny.safetensors"}.get(options.model, Path(options.model))
-    try:
-        vae = load(path)
-    except checkpoint.CheckpointError as error:
-        try:
-            vae = load_image_vae(path)
-        except checkpoint.CheckpointError:
-            raise error from None
+    vae = _load_either(path)
     facts = checkpoint.read_metadata(path) if path.is_file() and path.suffix in checkpoint.SAFETENSORS else {}
     parameters = {part: sum(tensor.numel() for tensor in getattr(vae, part).parameters()) for part in ("encoder", "decoder")}
-    description = {"model": str(path), "kind": "video VAE" if isinstance(vae, VideoVAE) else "image VAE",
+    description = {"model": str(path), "kind": _kind(vae),
                    "config": vae.config.describe(), "parameters": parameters}
     print(json.dumps(description | {name: value for name, value in facts.items() if name != "config"}, indent=2))
 
@@ -94,6 +92,14 @@ def _inflate(options) -> None:
     print(f"{options.output}: a video VAE that holds each latent for four frames until it is trained")
 
 
+def _prepare(options) -> None:
+    from .training.prepare import find_files, prepare, summary
+
+    with tqdm(find_files(options.folder), unit="file", dynamic_ncols=True) as files:
+        rows = prepare(files, options.output)
+    print(f"{options.output}: {summary(rows)}")
+
+
 def _train(options) -> None:
     from .training.config import read_config
     from .training.trainer import Trainer
@@ -101,42 +107,137 @@ def _train(options) -> None:
     trainer = Trainer(read_config(options.config, options.overrides), options.resume)
     trainer.stop_on_signals()
     total = trainer.config.optim.steps
-    with tqdm(total=total, initial=trainer.step, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=total, initial=trainer.step, unit="step", dynamic_ncols=True, disable=not trainer.group.leads) as bar:
         def report(step: int, losses: dict[str, float]) -> None:
-            bar.set_postfix(loss=f"{losses['total']:.4f}", **{k: f"{v:.2f}" for k, v in trainer.scores.items()})
+            bar.set_postfix(loss=f"{losses['total']:.4f}", **_shown(trainer.scores))
             bar.update(step - bar.n)
 
         path = trainer.run(report)
+    trainer.group.close()
+    if not trainer.group.leads:
+        return
     if trainer.step < total:
         print(f"Stopped at step {trainer.step} of {total}; go on with --resume.")
-    print(f"{path}: " + ", ".join(f"{name} {value:.2f} dB" for name, value in trainer.scores.items()))
+    if trainer.skip_report.count:
+        print(f"{trainer.skip_report.count} files could not be used; {trainer.skip_report.path} says why.")
+    print(f"{path}: " + ", ".join(f"{name} {value}" for name, value in _shown(trainer.scores).items()))
+
+
+def _shown(scores: dict[str, float]) -> dict[str, str]:
+    """The few that fit beside a progress bar."""
+    names = {"psnr": "PSNR", "compatibility_psnr": "compatibility"}
+    return {title: f"{scores[name]:.2f} dB" for name, title in names.items() if name in scores}
+
+
+def _download_lpips(options) -> None:
+    from .training.perceptual import download_backbone
+
+    print(f"{download_backbone(options.net)}: there for loss.perceptual = 'lpips'")
 
 
 def _evaluate(options) -> None:
-    from .training.data import load_clip
-    from .training.trainer import evaluate_clip
+    from .training.evaluation import SCORES, cell, evaluate_clip, main_scores, mean_scores, write_report
+    from .training.pictures import clip_sheet, save_png, stacked
 
-    vae = _load_vae(options)
-    teacher = load_image_vae(options.image_vae, device=vae.device) if options.image_vae else None
-    rows = []
-    for path in map(Path, options.clips):
-        scores = evaluate_clip(vae, teacher, load_clip(path, options.frames, options.size).to(vae.device))
-        rows.append(scores)
-        print(f"{path.name:32}" + "".join(f"  {name} {value:6.2f} dB" for name, value in scores.items()), flush=True)
-    print(f"{'mean':32}" + "".join(f"  {name} {sum(r[name] for r in rows) / len(rows):6.2f} dB" for name in rows[0]))
+    device = _device(options)
+    vae = _load_either(options.model, DTYPES[options.dtype], device)
+    if isinstance(vae, VideoVAE):
+        vae.tiling = _tiling(options)
+    elif options.image_vae:
+        raise ValueError(f"{options.model} is an image VAE: it is scored by itself. Leave --image-vae out.")
+    teacher = load_image_vae(options.image_vae, device=device) if options.image_vae else None
+    lpips = _lpips(options, device) if options.lpips_weights else None
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+    paths = list(dict.fromkeys(map(Path, options.clips)))
+    alone = len({path.name for path in paths}) == len(paths)  # else their folders tell them apart
+    found, sheets, columns = {}, [], []
+    for path in paths:
+        evaluation = evaluate_clip(vae, teacher, _read_clip(path, options.frames, options.size).to(device), lpips)
+        name = path.name if alone else str(path)
+        if not found:
+            columns = main_scores(evaluation.scores)
+            print(_line("clip", [SCORES[column].heading for column in columns]))
+        print(_line(name, [cell(evaluation.scores, column) for column in columns]), flush=True)
+        if options.out and len(sheets) < SHEETS:
+            sheets.append(clip_sheet(name, evaluation.pictures))
+        found[name] = replace(evaluation, pictures={})  # those of every clip would be too many to keep
+    means = mean_scores(evaluation.scores for evaluation in found.values())
+    print(_line("mean", [cell(means, column) for column in columns]))
+    if not options.out:
+        return
+    about = {"model": options.model, "kind": _kind(vae), "image_vae": options.image_vae, "frames": options.frames,
+             "size": options.size, "dtype": options.dtype, "device": str(device), "config": vae.config.describe(),
+             "tiling": asdict(vae.tiling) if isinstance(vae, VideoVAE) else None,
+             "versions": {"cvvae": __version__, "torch": torch.__version__}}
+    write_report(options.out, about, found)
+    save_png(options.out / "contact_sheet.png", stacked(sheets))
+    print(f"{options.out}: evaluation.json, evaluation.md, contact_sheet.png")
+
+
+def _line(name: str, cells: list[str]) -> str:
+    """A row of a table at most 80 characters wide; a long name loses its middle."""
+    room = min(25, 80 - 11 * len(cells))
+    if len(name) > room:
+        kept = (room - 2) // 2
+        name = f"{name[:kept]}..{name[-kept:]}"
+    return f"{name:{room}}" + "".join(f"{text:>11}" for text in cells)
+
+
+def _read_clip(path: Path, frames: int, size: int) -> Tensor:
+    from .training.data import load_clip
+    from .video import VideoError, read_frames
+
+    try:
+        return load_clip(path, frames, size)
+    except VideoError:
+        there = sum(1 for _ in islice(read_frames(path), frames))  # raises again where the file cannot be read
+        if there in (0, frames):
+            raise
+        raise ValueError(f"{path} has {there} frames, fewer than the {frames} read of each clip; leave it out or add "
+                         f"--frames {there}.") from None
+
+
+def _lpips(options, device: torch.device) -> torch.nn.Module:
+    from .training.config import LossConfig
+    from .training.perceptual import make_perceptual
+
+    return make_perceptual(LossConfig(perceptual="lpips", lpips_net=options.lpips_net,
+                                      lpips_weights=options.lpips_weights)).to(device)
+
+
+def _load_either(source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Autoencoder:
+    """A video VAE or, where it is one, an image VAE."""
+    try:
+        return load(source, dtype, device)
+    except checkpoint.CheckpointError as error:
+        try:
+            return load_image_vae(source, dtype, device)
+        except checkpoint.CheckpointError:
+            raise error from None
+
+
+def _kind(vae: Autoencoder) -> str:
+    return "video VAE" if isinstance(vae, VideoVAE) else "image VAE"
 
 
 def _load_vae(options) -> VideoVAE:
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = load(options.model, DTYPES[options.dtype], device)
+    vae = load(options.model, DTYPES[options.dtype], _device(options))
+    vae.tiling = _tiling(options)
+    return vae
+
+
+def _device(options) -> torch.device:
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(options.device)
+
+
+def _tiling(options) -> Tiling:
     memory = None if options.memory == "none" else int(options.memory) if options.memory.isdigit() else options.memory
     if options.quality:
-        vae.tiling = replace(QUALITY, memory=memory)
-    else:
-        vae.tiling = Tiling(options.window or None, options.tile or None, options.overlap, memory=memory)
-    return vae
+        return replace(QUALITY, memory=memory)
+    return Tiling(options.window or None, options.tile or None, options.overlap, memory=memory)
 
 
 class _Bar:
@@ -177,6 +278,15 @@ def _peak_memory(device: torch.device) -> str:
     unit = 1 if sys.platform == "darwin" else 1024
     parts.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MB of the process")
     return ", ".join(parts)
+
+
+def _at_least(least: int):
+    """A type of arguments: whole numbers from ``least`` on."""
+    def number(text: str) -> int:
+        if not (text.isdecimal() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -224,14 +334,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("image_vae", help="an SD-layout KL VAE (file or diffusers folder), or 'tiny'")
     sub.add_argument("output")
     sub.add_argument("--dtype", default="fp16", choices=DTYPES, help="of the stored weights (default: fp16)")
+    sub = command("prepare", _prepare, "Look through a folder of videos and pictures and write the manifest to train on.",
+                  model=False)
+    sub.description += (" Its columns say size, length, motion and cuts of each file. Weight 0 (never drawn) goes to what "
+                        "cannot be decoded, to clips in which nothing moves, and to all but the largest of "
+                        "near-duplicates; clips with cuts are flagged and keep weight 1. Edit the weights as you like.")
+    sub.add_argument("folder", help="looked through with the folders in it")
+    sub.add_argument("output", help="the manifest, a .csv to name in data.sources; paths in it count from its folder")
     sub = command("train", _train, "Train a video VAE under the image VAE's eye (or an image VAE).", model=False)
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.steps=200")
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.out")
+    sub = command("download-lpips", _download_lpips, "Fetch LPIPS's weights from PyTorch's server.", model=False)
+    sub.add_argument("--net", default="vgg", choices=("vgg", "alex"), help="the backbone (default: %(default)s)")
     sub = command("evaluate", _evaluate, "Score a model on clips.")
-    sub.add_argument("model")
-    sub.add_argument("clips", nargs="+")
-    sub.add_argument("--image-vae", help="also score this image VAE frame by frame, and compatibility with it")
-    sub.add_argument("--frames", type=int, default=17, help="frames from the start of each clip (default: %(default)s)")
-    sub.add_argument("--size", type=int, default=128, help="side they are resized and cropped to (default: %(default)s)")
+    sub.add_argument("model", help="a video VAE or an image VAE: a file or folder, or 'tiny'")
+    sub.add_argument("clips", nargs="+", help="videos, or pictures with --frames 1")
+    sub.add_argument("--image-vae", metavar="PATH",
+                     help="the image VAE whose latent space it shares (or 'tiny'): scored too, and compatibility with it")
+    sub.add_argument("--frames", type=_at_least(1), default=17, metavar="N",
+                     help="frames from the start of each clip; above 17, seams are scored too (default: %(default)s)")
+    sub.add_argument("--size", type=_at_least(8), default=128, metavar="PIXELS",
+                     help="side they are resized and cropped to (default: %(default)s)")
+    sub.add_argument("--lpips-weights", metavar="PATH", help="score LPIPS too, with this file of its backbone's weights")
+    sub.add_argument("--lpips-net", default="vgg", choices=("vgg", "alex"), help="that backbone (default: %(default)s)")
+    sub.add_argument("--out", type=Path, metavar="FOLDER",
+                     help="write evaluation.json, evaluation.md and contact_sheet.png there")
     return parser

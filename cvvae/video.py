@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -21,23 +23,37 @@ class VideoError(ValueError):
 
 @dataclass
 class Frame:
-    """One decoded picture: ``pixels`` uint8 [H, W, 3], shown at ``time`` seconds."""
+    """One decoded picture: ``pixels`` uint8 [H, W, 3], shown at ``time`` seconds.
+
+    ``damaged``: the decoder made up what the file lacks.
+    """
 
     pixels: np.ndarray
     time: Fraction | None
+    damaged: bool = False
+
+
+Source = str | os.PathLike | BinaryIO  # a file object is read from where its ``seek`` and ``read`` lead
+
+
+def _name(source: Source) -> str:
+    return str(source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", source))
 
 
 @contextmanager
-def _reading(path: str | os.PathLike):
+def _reading(source: Source):
+    name = _name(source)
     try:
-        container = av.open(str(path))
+        container = av.open(str(source) if isinstance(source, (str, os.PathLike)) else source)
     except FileNotFoundError:
-        raise FileNotFoundError(f"No such file: {path}.") from None
+        raise FileNotFoundError(f"No such file: {name}.") from None
     except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"{path} cannot be read as a video or picture: {error.strerror or error}.") from None
+        raise VideoError(f"{name} cannot be read as a video or picture: {error.strerror or error}.") from None
     with container:
         if not container.streams.video:
-            raise VideoError(f"{path} holds no video stream.")
+            raise VideoError(f"{name} holds no video stream.")
+        if container.streams.video[0].codec_context is None:
+            raise VideoError(f"{name}: this FFmpeg has no decoder for its video stream.")
         yield container
 
 
@@ -50,36 +66,55 @@ class VideoInfo:
     has_audio: bool
 
 
-def probe(path: str | os.PathLike) -> VideoInfo:
+def probe(source: Source) -> VideoInfo:
     """Frame rate, frame count and audio of a file.  Raises VideoError or FileNotFoundError."""
-    with _reading(path) as container:
+    with _reading(source) as container:
         stream = container.streams.video[0]
         fps = stream.average_rate or stream.guessed_rate or Fraction(25)
         frames = stream.frames or (round(container.duration / av.time_base * fps) if container.duration else 0)
         return VideoInfo(Fraction(fps), frames, bool(container.streams.audio))
 
 
-def read_frames(path: str | os.PathLike, start: float = 0.0) -> Iterator[Frame]:
+def count_packets(source: Source) -> int:
+    """Frames of a file whose container does not say: its packets, read through without decoding."""
+    with _reading(source) as container:
+        try:
+            return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+        except av.error.FFmpegError as error:
+            raise VideoError(f"{_name(source)} breaks off while being read: {error.strerror or error}.") from None
+
+
+def read_frames(source: Source, start: float = 0.0, step: int = 1, threads: int = 0,
+                size: tuple[int, int] | None = None) -> Iterator[Frame]:
     """Decode frame by frame, upright, from ``start`` seconds on (seeks to the key frame before it).
 
+    Of every ``step`` frames the first is given; ``threads`` decode (0: as many as there are cores); ``size``
+    (height, width, before turning upright) shrinks each picture, whatever its shape.
     Raises VideoError for a file without a video stream, or one that breaks off while being decoded.
     """
-    with _reading(path) as container:
+    shrink = {} if size is None else {"height": size[0], "width": size[1], "interpolation": "AREA"}
+    with _reading(source) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = threads
+        converter = VideoReformatter()  # one for all frames: setting it up costs as much as converting a frame
         origin = stream.start_time or 0
-        if start > 0:
-            container.seek(origin + int(start / stream.time_base), stream=stream, backward=True)
+        reached = 0
         try:
+            if start > 0:
+                container.seek(origin + int(start / stream.time_base), stream=stream, backward=True)
             for frame in container.decode(stream):
                 time = None if frame.pts is None else (frame.pts - origin) * stream.time_base
                 if time is not None and time < Fraction(start).limit_denominator(10**6):
                     continue
-                pixels = frame.to_ndarray(format="rgb24")
+                reached += 1
+                if (reached - 1) % step:
+                    continue
+                pixels = converter.reformat(frame, format="rgb24", **shrink).to_ndarray()
                 turns = round(getattr(frame, "rotation", 0) / 90) % 4
-                yield Frame(np.rot90(pixels, turns) if turns else pixels, time)
+                yield Frame(np.rot90(pixels, turns) if turns else pixels, time, frame.is_corrupt)
         except av.error.FFmpegError as error:
-            raise VideoError(f"{path} breaks off while being decoded: {error.strerror or error}.") from None
+            raise VideoError(f"{_name(source)} breaks off while being decoded: {error.strerror or error}.") from None
 
 
 def to_clip(frames: list[np.ndarray] | np.ndarray) -> Tensor:

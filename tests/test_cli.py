@@ -65,12 +65,73 @@ def test_inflate_and_info(files, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["kind"] == "image VAE"
 
 
-def test_evaluate_prints_each_clip_and_the_mean(files, capsys):
-    assert run("evaluate", files / "video.safetensors", files / "in.mp4", "--image-vae", files / "image.safetensors",
-               "--frames", 5, "--size", 32) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["in.mp4", "mean"]
-    assert all("psnr" in line and "image_vae_psnr" in line and "compatibility_psnr" in line for line in lines)
+class TestEvaluate:
+    """What it scores is tested in test_evaluation.py; here, how it is called and what it prints and writes."""
+
+    def evaluate(self, files, *arguments) -> int:
+        return run("evaluate", files / "video.safetensors", *arguments, "--frames", 5, "--size", 32)
+
+    def test_prints_each_clip_and_the_mean_within_80_columns(self, files, tmp_path, capsys):
+        long = drawn.write_video(tmp_path / f"{'long' * 10}.mp4", 5, 32, 32)
+        assert self.evaluate(files, files / "in.mp4", long, "--image-vae", files / "image.safetensors") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == ["clip", "in.mp4", "longlonglon..onglong.mp4", "mean"]
+        assert all(heading in lines[0] for heading in ("PSNR dB", "SSIM", "image VAE", "compatible"))
+        assert {len(line) for line in lines} == {len(lines[0])} and len(lines[0]) <= 80
+        first, second, mean = (list(map(float, line.split()[1:])) for line in lines[1:])
+        assert mean == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)], abs=0.01)
+
+    def test_writes_numbers_tables_and_pictures(self, files, tmp_path, capsys):
+        import av
+
+        from cvvae.training.data import load_clip
+        from cvvae.training.evaluation import evaluate_clip
+
+        assert self.evaluate(files, files / "in.mp4", "--image-vae", files / "image.safetensors",
+                             "--out", tmp_path / "new" / "folder") == 0
+        out = tmp_path / "new" / "folder"
+        assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "evaluation.json", "evaluation.md"]
+        written = json.loads((out / "evaluation.json").read_text())
+        expected = evaluate_clip(cvvae.load(files / "video.safetensors"), cvvae.load_image_vae(files / "image.safetensors"),
+                                 load_clip(files / "in.mp4", 5, 32))
+        assert written["clips"] == [{"clip": "in.mp4", "scores": expected.scores, "channels": expected.channels}]
+        assert written["mean"] == expected.scores and written["versions"]["cvvae"] == cvvae.__version__
+        assert written["config"]["latent_channels"] == 4 and written["tiling"]["window_frames"] == 17
+        table = (out / "evaluation.md").read_text()
+        assert f"| in.mp4 | {expected.scores['psnr']:.2f} |" in table and "| stills_psnr |" in table
+        with av.open(str(out / "contact_sheet.png")) as sheet:
+            assert min(sheet.streams.video[0].width, sheet.streams.video[0].height) > 200
+
+    def test_an_image_vae_is_a_model_too(self, files, tmp_path, capsys):
+        image_vae = files / "image.safetensors"
+        assert run("evaluate", image_vae, files / "in.mp4", "--frames", 2, "--size", 32, "--out", tmp_path) == 0
+        assert capsys.readouterr().out.split()[:4] == ["clip", "PSNR", "dB", "SSIM"]
+        assert json.loads((tmp_path / "evaluation.json").read_text())["kind"] == "image VAE"
+        assert run("evaluate", image_vae, files / "in.mp4", "--image-vae", image_vae) == 2
+        assert "Leave --image-vae out" in capsys.readouterr().err
+
+    def test_clips_of_one_name_are_told_apart(self, files, tmp_path, capsys):
+        other = drawn.write_video(tmp_path / "in.mp4", 5, 32, 32, seed=3)
+        assert self.evaluate(files, files / "in.mp4", other, "--out", tmp_path / "out") == 0
+        clips = json.loads((tmp_path / "out" / "evaluation.json").read_text())["clips"]
+        assert [clip["clip"] for clip in clips] == [str(files / "in.mp4"), str(other)]
+
+    @pytest.mark.parametrize("arguments, message", [
+        (("{clip}", "--frames", "33"), "18 frames, fewer than the 33 read of each clip; leave it out or add --frames 18"),
+        (("{model}",), "cannot be read as a video or picture"),
+        (("gone.mp4",), "No such file: gone.mp4"),
+        (("{clip}", "--image-vae", "{model}"), "is a video VAE"),
+    ])
+    def test_what_cannot_be_scored_is_one_clear_line(self, files, capsys, arguments, message):
+        names = {"clip": files / "in.mp4", "model": files / "video.safetensors"}
+        assert run("evaluate", files / "video.safetensors", *(argument.format(**names) for argument in arguments)) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+
+    def test_sizes_are_checked_before_anything_is_loaded(self, capsys):
+        with pytest.raises(SystemExit):
+            run("evaluate", "gone", "gone.mp4", "--frames", 0)
+        assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_train_and_resume(files, capsys, monkeypatch):
@@ -82,7 +143,7 @@ def test_train_and_resume(files, capsys, monkeypatch):
 teacher = "{(files / 'image.safetensors').as_posix()}"
 [data]
 sources = ["clips"]
-buckets = [{{ frames = 5, size = 16, batch = 1 }}]
+buckets = [{{ frames = 5, height = 16, width = 16, batch = 1 }}]
 [optim]
 steps = 2
 [run]
@@ -157,9 +218,9 @@ class TestBuiltInModels:
     def test_the_video_model_keeps_what_the_image_model_can(self):
         """On a clip kept out of training: within 1.5 dB of the image VAE, latents within 2 dB compatible."""
         from cvvae.training.data import load_clip
-        from cvvae.training.trainer import evaluate_clip
+        from cvvae.training.evaluation import evaluate_clip
 
         clip = load_clip(REPOSITORY / "workflows" / "media" / "flower.mp4", 17, 128)
-        scores = evaluate_clip(cvvae.load("tiny"), cvvae.load_image_vae("tiny"), clip)
+        scores = evaluate_clip(cvvae.load("tiny"), cvvae.load_image_vae("tiny"), clip).scores
         assert scores["psnr"] > scores["image_vae_psnr"] - 1.5
         assert scores["compatibility_psnr"] > scores["image_vae_psnr"] - 2

@@ -1,104 +1,157 @@
 """Batches of clips from videos and pictures.
 
-Batch number ``step`` is a function of (seed, step) alone: nothing to save, so a resumed run sees what an
-uninterrupted one would have seen.
+Clip ``i`` of the batch of a step is a function of (seed, step, i) alone.  So there is nothing to save: a resumed run
+sees what an uninterrupted one would have seen, and two processes with one clip each see the clips of one process
+with two.
 """
 
+import csv
+import os
 import random
-from collections import OrderedDict
-from itertools import islice
+import signal
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from ..video import VideoError, VideoInfo, probe, read_frames, to_clip
+from ..video import Frame, VideoError, VideoInfo, to_clip
 from .config import Bucket, DataConfig
+from .media import PICTURES, VIDEOS, Media, find_media
 
-VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+__all__ = ["PICTURES", "VIDEOS", "Batch", "ClipData", "DataError", "SkipReport", "load_clip", "loader"]
+
+DRAWS = 20  # files tried for one clip before the run is given up
+
+
+class DataError(ValueError):
+    """File after file could not be used."""
+
+
+@dataclass
+class Batch:
+    """``clips`` [B, 3, T, H, W] in [-1, 1], and the files passed over on the way: name -> reason."""
+
+    clips: Tensor
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 class ClipData:
     """Random crops of random stretches of random files, grouped into the buckets' shapes.
 
-    Short files are decoded once and kept up to ``cache_gb``; of long ones only the stretch is read.
+    Only the stretch is decoded, and only its crop is held.  A file that cannot be decoded, or that is too short or
+    too small for the bucket, is passed over for another draw, and the batch says so.
     """
 
-    CACHED_FRAMES = 300  # a file with more is not held whole
-
     def __init__(self, config: DataConfig, seed: int):
+        """Raises FileNotFoundError or ValueError where ``config`` names what is not there."""
         self.config = config
         self.seed = seed
         held_out = set(config.validation)
-        found = [file for source in config.sources for file in _media_files(Path(source))]
-        self.files = [file for file in found if file.stem not in held_out]
-        self.validation_files = [file for file in found if file.stem in held_out]
-        missing = held_out - {file.stem for file in self.validation_files}
+        found = find_media(config.sources)
+        self.files = [media for media in found if media.stem not in held_out and media.weight > 0]
+        self.validation_files = [media for media in found if media.stem in held_out]
+        missing = held_out - {media.stem for media in self.validation_files}
         if missing:
             raise ValueError(f"data.validation names {', '.join(sorted(missing))}, found in none of the sources.")
         if not self.files:
             raise ValueError(f"No videos or pictures to train on in {', '.join(config.sources)}.")
-        self.videos = [file for file in self.files if file.suffix.lower() in VIDEOS]
-        if not self.videos and any(bucket.frames > 1 for bucket in config.buckets):
-            raise ValueError("A bucket asks for clips, but the sources hold pictures only.")
-        self._cache = _FrameCache(config.cache_gb)
-        self._infos: dict[Path, VideoInfo] = {}
+        videos = [media for media in self.files if media.is_video]
+        if not videos and any(bucket.frames > 1 for bucket in config.buckets):
+            raise ValueError("A bucket of data.buckets asks for clips, but the sources hold pictures only.")
+        self._for_pictures = _Weighted(self.files)
+        self._for_clips = _Weighted(videos)
+        self._infos: dict[Media, VideoInfo] = {}
 
-    def batch(self, step: int) -> Tensor:
-        """The clips [B, 3, T, S, S] of ``step``, in [-1, 1]."""
+    def bucket(self, step: int) -> Bucket:
+        """The shape of the batches of ``step``, the same in every process."""
         rng = random.Random(f"{self.seed}:{step}")
-        bucket = rng.choices(self.config.buckets, [bucket.share for bucket in self.config.buckets])[0]
-        return torch.cat([self._draw(bucket, rng) for _ in range(bucket.batch)])
+        return rng.choices(self.config.buckets, [bucket.share for bucket in self.config.buckets])[0]
 
-    def _draw(self, bucket: Bucket, rng: random.Random) -> Tensor:
-        """One clip; a file that is too short or too small for the bucket is passed over for another."""
-        candidates = self.files if bucket.frames == 1 else self.videos
-        for _ in range(100):
-            frames = self._stretch(rng.choice(candidates), bucket.frames, rng)
-            if frames is not None and min(frames.shape[1:3]) >= bucket.size:
-                return _crop(frames, bucket.size, rng)
-        raise ValueError(f"No file found with {bucket.frames} frames of {bucket.size} px in 100 tries.")
+    def batch(self, step: int, part: int = 0) -> Batch:
+        """Clips ``part * B`` to ``part * B + B - 1`` of ``step``.  Raises DataError after :data:`DRAWS` useless files."""
+        bucket = self.bucket(step)
+        failures: dict[str, str] = {}
+        clips = [self._draw(bucket, random.Random(f"{self.seed}:{step}:{part * bucket.batch + k}"), failures)
+                 for k in range(bucket.batch)]
+        return Batch(torch.cat(clips), failures)
 
-    def _stretch(self, file: Path, count: int, rng: random.Random) -> np.ndarray | None:
-        """``count`` frames [T, H, W, 3] of ``file``, 1 .. max_stride apart; None where it is too short."""
-        info = self._info(file)
-        held = None if info.frames > self.CACHED_FRAMES else self._cache.get(file)
-        length = info.frames if held is None else len(held)
-        if length < count:
-            return None
-        stride = rng.randint(1, self.config.max_stride)
-        if count > 1:
-            stride = min(stride, (length - 1) // (count - 1))
-        reach = (count - 1) * stride + 1
-        start = rng.randrange(length - reach + 1)
-        if held is not None:
-            return held[start:start + reach:stride]
-        read = [frame.pixels for frame in islice(read_frames(file, float(start / info.fps)), reach)]
-        return np.stack(read[::stride]) if len(read) == reach else None
+    def _draw(self, bucket: Bucket, rng: random.Random, failures: dict[str, str]) -> Tensor:
+        """One clip [1, 3, T, H, W]; what is passed over is added to ``failures``."""
+        candidates = self._for_pictures if bucket.frames == 1 else self._for_clips
+        reasons = []
+        for _ in range(DRAWS):
+            media = candidates.draw(rng)
+            try:
+                return self._clip(media, bucket, rng)
+            except (VideoError, OSError) as error:
+                failures[media.name] = str(error)
+                reasons.append(str(error))
+        listed = list(dict.fromkeys(reasons))
+        raise DataError(f"No clip of {bucket.frames} frames of {bucket.height} x {bucket.width} pixels in {DRAWS} files "
+                        "drawn one after the other:\n  " + "\n  ".join(listed[:5])
+                        + (f"\n  and {len(listed) - 5} more" if len(listed) > 5 else ""))
 
-    def _info(self, file: Path) -> VideoInfo:
-        if file not in self._infos:
-            self._infos[file] = probe(file)
-        return self._infos[file]
+    def _clip(self, media: Media, bucket: Bucket, rng: random.Random) -> Tensor:
+        """A random stretch of ``media``, its frames 1 .. max_stride apart, cropped to the bucket."""
+        count, stride, start = bucket.frames, 1, 0
+        if media.is_video:
+            length = self._info(media).frames
+            if length < count:
+                raise VideoError(f"{media} has {length} frames; {count} are needed.")
+            stride = rng.randint(1, self.config.max_stride)
+            if count > 1:
+                stride = min(stride, (length - 1) // (count - 1))
+            start = rng.randrange(length - (count - 1) * stride)
+        crop = _Crop(media, bucket, self.config.flip, rng)
+        clip = [crop(frame) for frame in islice(self._frames(media, start, stride), count)]
+        if len(clip) < count and start > 0:
+            # Times are not evenly spread in every file, so the last frames may come earlier than counted.
+            start = max(0, start - 2 * (count - len(clip)) * stride)
+            clip = list(deque((crop(frame) for frame in self._frames(media, start, stride)), maxlen=count))
+        if len(clip) < count:
+            raise VideoError(f"{media} ends early: {len(clip)} of {count} frames could be decoded from frame {start} on.")
+        return torch.stack(clip, dim=1)[None].float().div_(127.5).sub_(1)
+
+    def _frames(self, media: Media, start: int, stride: int) -> Iterator[Frame]:
+        """Frames ``start``, ``start + stride``, ... of ``media``; raises VideoError at one that the decoder made up."""
+        # Half a frame early, because containers round the times of frames.
+        seconds = float((start - Fraction(1, 2)) / self._info(media).fps) if start else 0.0
+        for frame in media.frames(seconds, stride):
+            if frame.damaged:
+                raise VideoError(f"{media} is damaged near frame {start}.")
+            yield frame
+
+    def _info(self, media: Media) -> VideoInfo:
+        if media not in self._infos:
+            self._infos[media] = media.probe()
+        return self._infos[media]
 
     def validation(self) -> list[tuple[str, Tensor]]:
-        """(name, clip [1, 3, T, S, S]) of the held-out files: first frames, short side to S, centre crop."""
-        clips = []
-        for file in self.validation_files:
-            wanted = self.config.validation_frames if file.suffix.lower() in VIDEOS else 1
-            clips.append((file.stem, load_clip(file, wanted, self.config.validation_size)))
-        return clips
+        """(name, clip [1, 3, T, S, S]) of the held-out files: first frames, short side to S, centre crop.
+
+        Raises VideoError naming a file that cannot be decoded: scores over fewer clips could not be compared.
+        """
+        held_out = self.validation_files[:self.config.validation_clips or None]
+        return [(media.name, load_clip(media, self.config.validation_frames if media.is_video else 1,
+                                       self.config.validation_size)) for media in held_out]
 
 
-def load_clip(file: Path, frames: int, size: int) -> Tensor:
+def load_clip(file: Path | Media, frames: int, size: int) -> Tensor:
     """The first ``frames`` frames, short side resized to ``size``, centre crop: [1, 3, T, size, size]."""
-    pixels = [frame.pixels for frame in islice(read_frames(file), frames)]
-    if len(pixels) < frames:
-        raise VideoError(f"{file} has {len(pixels)} frames; {frames} are needed.")
-    clip = to_clip(pixels)[0].transpose(0, 1)
+    media = file if isinstance(file, Media) else Media(Path(file).stem, Path(file))
+    read = list(islice(media.frames(), frames))
+    if len(read) < frames or any(frame.damaged for frame in read):
+        sound = sum(not frame.damaged for frame in read)
+        raise VideoError(f"{media} has {sound} frames that can be decoded; {frames} are needed.")
+    clip = to_clip([frame.pixels for frame in read])[0].transpose(0, 1)
     height, width = clip.shape[-2:]
     scale = size / min(height, width)
     shape = max(size, round(height * scale)), max(size, round(width * scale))
@@ -107,42 +160,127 @@ def load_clip(file: Path, frames: int, size: int) -> Tensor:
     return clip[:, :, top:top + size, left:left + size].transpose(0, 1)[None].clamp(-1, 1)
 
 
-def _media_files(source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise FileNotFoundError(f"data.sources: no such file or folder: {source}.")
-    return sorted(file for file in source.rglob("*") if file.suffix.lower() in VIDEOS + PICTURES)
+class _Weighted:
+    """Draws files by their weights."""
+
+    def __init__(self, files: list[Media]):
+        self._files = files
+        self._sums = list(accumulate(media.weight for media in files))
+
+    def draw(self, rng: random.Random) -> Media:
+        return rng.choices(self._files, cum_weights=self._sums)[0]
 
 
-def _crop(frames: np.ndarray, size: int, rng: random.Random) -> Tensor:
-    """A random square between ``size`` and the whole short side, resized to ``size``, mirrored half the time."""
-    height, width = frames.shape[1:3]
-    side = rng.randint(size, min(height, width))
-    top, left = rng.randint(0, height - side), rng.randint(0, width - side)
-    clip = to_clip(frames[:, top:top + side, left:left + side])[0].transpose(0, 1)
-    if side != size:
-        clip = F.interpolate(clip, (size, size), mode="bilinear", antialias=True)
-    if rng.random() < 0.5:
-        clip = clip.flip(-1)
-    return clip.transpose(0, 1)[None].clamp(-1, 1)
+class _Crop:
+    """Cuts one window, chosen at the first frame, out of every frame: uint8 [H, W, 3] -> uint8 [3, h, w].
+
+    Its shape is the bucket's, its size anything from the bucket's to the largest that fits; half of them are mirrored.
+    """
+
+    def __init__(self, media: Media, bucket: Bucket, flip: bool, rng: random.Random):
+        self._media, self._bucket, self._flip, self._rng = media, bucket, flip, rng
+        self._sides = None
+
+    def __call__(self, frame: Frame) -> Tensor:
+        sides = frame.pixels.shape[:2]
+        if self._sides is None:
+            self._choose(*sides)
+        elif sides != self._sides:
+            raise VideoError(f"{self._media} changes from {_size(*self._sides)} to {_size(*sides)} pixels.")
+        window = torch.from_numpy(np.ascontiguousarray(frame.pixels[self._window])).permute(2, 0, 1)
+        # Resized as bytes: eight times as fast as floats, and the frames were bytes before.
+        piece = F.interpolate(window[None], (self._bucket.height, self._bucket.width), mode="bilinear", antialias=True)[0]
+        return piece.flip(-1) if self._mirrored else piece
+
+    def _choose(self, height: int, width: int) -> None:
+        wanted = self._bucket
+        largest = min(height / wanted.height, width / wanted.width)
+        if largest < 1:
+            raise VideoError(f"{self._media} has {_size(height, width)} pixels; "
+                             f"{_size(wanted.height, wanted.width)} are needed.")
+        rows = self._rng.randint(wanted.height, int(wanted.height * largest))
+        columns = min(width, round(rows * wanted.width / wanted.height))
+        top, left = self._rng.randint(0, height - rows), self._rng.randint(0, width - columns)
+        self._mirrored = self._flip and self._rng.random() < 0.5
+        self._window = slice(top, top + rows), slice(left, left + columns)
+        self._sides = height, width
 
 
-class _FrameCache:
-    """Decoded files, the least recently used dropped when over the limit."""
+def _size(height: int, width: int) -> str:
+    return f"{width} x {height}"
 
-    def __init__(self, gigabytes: float):
-        self.limit = int(gigabytes * 1e9)
-        self.held: OrderedDict[Path, np.ndarray] = OrderedDict()
 
-    def get(self, file: Path) -> np.ndarray:
-        if file in self.held:
-            self.held.move_to_end(file)
-            return self.held[file]
-        frames = [frame.pixels for frame in read_frames(file)]
-        if not frames:
-            raise VideoError(f"{file} holds no frame that can be decoded.")
-        self.held[file] = np.stack(frames)
-        while len(self.held) > 1 and sum(array.nbytes for array in self.held.values()) > self.limit:
-            self.held.popitem(last=False)
-        return self.held[file]
+def loader(data: ClipData, start: int, steps: int, parts: list[int], workers: int) -> Iterator[tuple[int, list[Batch]]]:
+    """(step, its batches of ``parts``) for each step from ``start`` to ``steps`` - 1, decoded ahead by ``workers``
+    processes (0: decoded when asked for).  Closing the iterator ends them.  Raises DataError as :meth:`ClipData.batch`.
+    """
+    wanted = _Steps(data, start, steps, parts)
+    if workers == 0 or not len(wanted):
+        batches = map(wanted.__getitem__, range(len(wanted)))
+    else:
+        # A generator of its own: DataLoader would take its seed from torch's, and change what else is drawn from that.
+        batches = iter(DataLoader(wanted, batch_size=None, num_workers=workers, collate_fn=_as_it_is,
+                                  worker_init_fn=_begin_worker, generator=torch.Generator()))
+    try:
+        for step, result in batches:
+            if isinstance(result, DataError):
+                raise result
+            yield step, result
+    finally:
+        del batches  # ends DataLoader's workers
+
+
+class _Steps(Dataset):
+    """Item i: step ``start`` + i and its batches, or the DataError instead: raised in a worker it would lose its message."""
+
+    def __init__(self, data: ClipData, start: int, steps: int, parts: list[int]):
+        self._data, self._start, self._steps, self._parts = data, start, steps, parts
+
+    def __len__(self) -> int:
+        return max(0, self._steps - self._start)
+
+    def __getitem__(self, index: int) -> tuple[int, list[Batch] | DataError]:
+        step = self._start + index
+        try:
+            return step, [self._data.batch(step, part) for part in self._parts]
+        except DataError as error:
+            return step, error
+
+
+def _as_it_is(item):
+    return item
+
+
+def _begin_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C is for the trainer, which still has to save; it ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # so is a signal to the whole process group
+
+
+class SkipReport:
+    """A CSV (name, reason) of the files that were passed over, each once; goes on with what is there already."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._names: set[str] = set()
+        if self.path.exists():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                self._names = {row["name"] for row in csv.DictReader(file)}
+
+    @property
+    def count(self) -> int:
+        """How many files are listed."""
+        return len(self._names)
+
+    def add(self, failures: dict[str, str]) -> None:
+        """Append the names that are not listed yet."""
+        new = {name: reason for name, reason in failures.items() if name not in self._names}
+        if not new:
+            return
+        fresh = not self.path.exists()
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerows(([("name", "reason")] if fresh else []) + list(new.items()))
+        self._names.update(new)
