@@ -54,7 +54,7 @@ class DataConfig:
     buckets: list[Bucket] = field(default_factory=lambda: [Bucket()])
     max_stride: int = 8  # frames are taken 1 .. max_stride apart, as in the paper's training
     flip: bool = True  # mirror half of the clips
-    workers: int = 2  # processes that decode ahead; 0 decodes between the steps
+    workers: int = 2  # threads that decode ahead; 0 decodes between the steps
     validation_frames: int = 17
     validation_size: int = 128  # side of the centre crop
     validation_clips: int = 0  # how many of the held-out clips are scored; 0: all

@@ -8,9 +8,9 @@ with two.
 import csv
 import os
 import random
-import signal
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import accumulate, islice
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ..video import Frame, VideoError, VideoInfo, to_clip
 from .config import Bucket, DataConfig
@@ -29,6 +28,7 @@ from .media import PICTURES, VIDEOS, Media, find_media
 __all__ = ["PICTURES", "VIDEOS", "Batch", "ClipData", "DataError", "SkipReport", "load_clip", "loader"]
 
 DRAWS = 20  # files tried for one clip before the run is given up
+AHEAD = 2  # steps that are decoded before they are asked for, for each worker
 
 
 class DataError(ValueError):
@@ -212,51 +212,30 @@ def _size(height: int, width: int) -> str:
 
 def loader(data: ClipData, start: int, steps: int, parts: list[int], workers: int) -> Iterator[tuple[int, list[Batch]]]:
     """(step, its batches of ``parts``) for each step from ``start`` to ``steps`` - 1, decoded ahead by ``workers``
-    processes (0: decoded when asked for).  Closing the iterator ends them.  Raises DataError as :meth:`ClipData.batch`.
+    threads (0: decoded when asked for).  Closing the iterator ends them.  Raises DataError as :meth:`ClipData.batch`.
+
+    Threads, because decoding and resizing leave Python's lock alone, and because new processes would have to import a
+    whole ComfyUI around a trainer that runs in one.
     """
-    wanted = _Steps(data, start, steps, parts)
-    if workers == 0 or not len(wanted):
-        batches = map(wanted.__getitem__, range(len(wanted)))
-    else:
-        # A generator of its own: DataLoader would take its seed from torch's, and change what else is drawn from that.
-        batches = iter(DataLoader(wanted, batch_size=None, num_workers=workers, collate_fn=_as_it_is,
-                                  worker_init_fn=_begin_worker, generator=torch.Generator()))
+    if workers == 0:
+        for step in range(start, steps):
+            yield step, [data.batch(step, part) for part in parts]
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="clips")
+    asked_for: deque[tuple[int, list[Future[Batch]]]] = deque()
     try:
-        for step, result in batches:
-            if isinstance(result, DataError):
-                raise result
-            yield step, result
+        for step in range(start, steps):
+            asked_for.append((step, [pool.submit(data.batch, step, part) for part in parts]))
+            if len(asked_for) > AHEAD * workers:
+                yield _arrived(*asked_for.popleft())
+        while asked_for:
+            yield _arrived(*asked_for.popleft())
     finally:
-        del batches  # ends DataLoader's workers
+        pool.shutdown(cancel_futures=True)
 
 
-class _Steps(Dataset):
-    """Item i: step ``start`` + i and its batches, or the DataError instead: raised in a worker it would lose its message."""
-
-    def __init__(self, data: ClipData, start: int, steps: int, parts: list[int]):
-        self._data, self._start, self._steps, self._parts = data, start, steps, parts
-
-    def __len__(self) -> int:
-        return max(0, self._steps - self._start)
-
-    def __getitem__(self, index: int) -> tuple[int, list[Batch] | DataError]:
-        step = self._start + index
-        try:
-            return step, [self._data.batch(step, part) for part in self._parts]
-        except DataError as error:
-            return step, error
-
-
-def _as_it_is(item):
-    return item
-
-
-def _begin_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    # Ctrl-C is for the trainer, which still has to save; it ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)  # so is a signal to the whole process group
+def _arrived(step: int, batches: list[Future[Batch]]) -> tuple[int, list[Batch]]:
+    return step, [batch.result() for batch in batches]
 
 
 class SkipReport:
