@@ -122,6 +122,15 @@ class TestManifest:
         assert [float(time) for time in scenes["cut_times"].split(";")] == pytest.approx([14 / 25, 34 / 25])
         assert rows["moving.mp4"]["cuts"] == rows["fast.mp4"]["cuts"] == rows["still.mp4"]["cuts"] == "0"
 
+    @pytest.mark.parametrize("frames", [
+        [texture(30 + k % 2) for k in range(30)],  # a strobe: every change is large
+        drifting(32, 15) + [np.roll(frame, 70, axis=1) for frame in drifting(32, 30)[15:]],  # a jolt: the colours stay
+    ], ids=["strobe", "jolt"])
+    def test_large_changes_are_not_always_cuts(self, tmp_path, frames):
+        row = module.Row("a.mp4")
+        module._measure(write(tmp_path / "a.mp4", frames), row)
+        assert row.cuts == 0
+
     def test_copies_name_the_larger_original(self, rows):
         assert (rows["copy.mp4"]["duplicate_of"], rows["copy.mp4"]["flags"], rows["copy.mp4"]["weight"]) \
             == ("moving.mp4", "duplicate", "0")
