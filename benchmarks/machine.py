@@ -160,16 +160,19 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def publish(name: str, title: str, options: argparse.Namespace, rows: list[Row], measurements: list[dict]) -> None:
-    """Print the table; write it as ``name.md``, and every number behind it as ``name.json``, into ``options.out``.
+def publish(name: str, title: str, options: argparse.Namespace, rows: list[Row], measurements: list[dict],
+            notes: str = "") -> None:
+    """Print the table, and ``notes`` below it; write them as ``name.md``, and every number behind them as ``name.json``,
+    into ``options.out``.
 
     Of paths among the options only the name is kept: where something lay is nobody's business.
     """
     machine = describe()
-    print(f"\n{table(rows)}")
+    text = "\n\n".join([table(rows), *([notes] if notes else [])])
+    print(f"\n{text}")
     options.out.mkdir(parents=True, exist_ok=True)
     facts = ", ".join(f"{key} {value}" for key, value in machine.items())
-    (options.out / f"{name}.md").write_text(f"# {title}\n\n{table(rows)}\n\n{facts}\n")
+    (options.out / f"{name}.md").write_text(f"# {title}\n\n{text}\n\n{facts}\n")
     report = {"title": title, "machine": machine, "options": vars(options), "measurements": measurements}
     (options.out / f"{name}.json").write_text(json.dumps(report, indent=1, default=lambda path: path.name) + "\n")
     print(f"\nWritten: {options.out / name}.md and .json")
