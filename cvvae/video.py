@@ -132,12 +132,16 @@ def to_frames(clip: Tensor) -> np.ndarray:
 class VideoWriter:
     """Write H.264 frame by frame, with the audio of another file copied alongside.
 
+    lossless: FFV1 instead, which keeps every value; for ``.mkv`` files.
+
     The file gets its name when :meth:`close` has finished it; until then, and after an error, there is
     only a hidden temporary file, which is removed.  Use as a context manager.
     """
 
-    def __init__(self, path: str | os.PathLike, fps: Fraction, audio_from: str | os.PathLike | None = None):
+    def __init__(self, path: str | os.PathLike, fps: Fraction, audio_from: str | os.PathLike | None = None,
+                 lossless: bool = False):
         self.path = Path(path)
+        self.lossless = lossless
         if self.path.suffix.lower() not in CONTAINERS:
             raise VideoError(f"{path}: cannot write a {self.path.suffix or 'nameless'} file; "
                              f"expected one of {', '.join(CONTAINERS)}.")
@@ -164,11 +168,14 @@ class VideoWriter:
             self._audio.copy_until(time)
 
     def _open_stream(self, height: int, width: int):
-        stream = self._container.add_stream("libx264", rate=self.fps)
+        stream = self._container.add_stream("ffv1" if self.lossless else "libx264", rate=self.fps)
         stream.height, stream.width = height, width
-        # 4:2:0 halves the sides, so odd sizes keep their pixels only in 4:4:4.
-        stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-        stream.options = {"crf": "14", "preset": "medium"}
+        if self.lossless:
+            stream.pix_fmt = "bgr0"
+        else:
+            # 4:2:0 halves the sides, so odd sizes keep their pixels only in 4:4:4.
+            stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+            stream.options = {"crf": "14", "preset": "medium"}
         # A whole number of ticks per frame at a constant rate, and at least 10,000 a second for variable rates.
         ticks = self.fps.numerator * -(-10_000 // self.fps.numerator)
         stream.codec_context.time_base = Fraction(1, ticks)

@@ -4,10 +4,16 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .decode import CVVAEDecode
 from .encode import CVVAEEncode
+from .evaluate import CVVAEEvaluate
 from .example import CVVAEExample
+from .finetune import CVVAEFinetune
+from .inflate import CVVAEInflate
 from .loader import CVVAELoader
+from .loss_plot import CVVAELossPlot
+from .save import CVVAESave
 
 
 class CVVAEExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [CVVAELoader, CVVAEEncode, CVVAEDecode, CVVAEExample]
+        return [CVVAELoader, CVVAEEncode, CVVAEDecode, CVVAEExample, CVVAEInflate, CVVAEFinetune, CVVAELossPlot,
+                CVVAEEvaluate, CVVAESave]

@@ -1,16 +1,24 @@
-"""What the encode and decode nodes share: their widgets, and the check of what is wired into them."""
+"""What several nodes share: their widgets, and the reading of what is wired into them."""
 
 import dataclasses
+import os
+from pathlib import Path
 
+import folder_paths
+import numpy as np
+import torch
 from comfy_api.v0_0_2 import io
+from torch import Tensor
 
+from .. import cvvae
 from ..cvvae.tiling import QUALITY, Tiling
-from .host import NativeVAE
+from .host import NativeVAE, weights_of
 
 CATEGORY = "CV-VAE"
 VIDEO, IMAGES = "video clip", "independent images"
 MODES = {VIDEO: "video", IMAGES: "image"}
 AS_SET, SMOOTH = "as set", "quality"
+BUILT_IN_IMAGE_VAE = "tiny image VAE (built in)"
 
 
 def tiling_inputs() -> list[io.Input]:
@@ -49,3 +57,52 @@ def require_cv_vae(vae, native_node: str) -> NativeVAE:
         raise TypeError(f"This node works with CV-VAE models only, from the node Load CV-VAE; found "
                         f"{type(vae).__name__}. For other VAEs use ComfyUI's own node {native_node}.")
     return vae
+
+
+# -- the image VAE behind a CV-VAE ---------------------------------------------------------------------
+
+
+def teacher_input(tooltip: str, *first: str) -> io.Input:
+    """Choice of an image VAE; ``first`` options come before the files."""
+    options = [*first, BUILT_IN_IMAGE_VAE, *folder_paths.get_filename_list("vae")]
+    return io.Combo.Input("teacher", options=options, default=BUILT_IN_IMAGE_VAE, tooltip=tooltip)
+
+
+def image_vae_input() -> io.Input:
+    return io.Vae.Input("image_vae", optional=True,
+                        tooltip="Takes the place of 'teacher': an image VAE of ComfyUI, such as that of Load Checkpoint. "
+                                "ComfyUI may hold it in bf16; choose its file in 'teacher' for all of its precision.")
+
+
+def image_vae_of(teacher: str, image_vae) -> cvvae.ImageVAE:
+    """What is wired into ``image_vae``, else what ``teacher`` names; on the CPU, in float32."""
+    with torch.inference_mode(False):
+        if image_vae is not None:
+            try:
+                return cvvae.load_image_vae(weights_of(image_vae))
+            except cvvae.CheckpointError as error:
+                raise cvvae.CheckpointError(f"What is connected to image_vae does not fit. {error}") from None
+        return cvvae.load_image_vae("tiny" if teacher == BUILT_IN_IMAGE_VAE
+                                    else folder_paths.get_full_path_or_raise("vae", teacher))
+
+
+# -- folders and pictures ----------------------------------------------------------------------------
+
+
+def inside(folder: str | os.PathLike, name: str, what: str) -> Path:
+    """The path of ``name`` in ``folder``; raises ValueError where it leads out of it."""
+    folder = Path(folder).resolve()
+    path = (folder / name.strip()).resolve()
+    if folder not in path.parents:
+        raise ValueError(f"{what} is {name!r}; expected a name, which becomes one in {folder}.")
+    return path
+
+
+def runs_folder() -> Path:
+    """Where the finetunes lie, a folder each."""
+    return Path(folder_paths.get_output_directory()) / "cv-vae"
+
+
+def as_image(pixels: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] -> ComfyUI's [1, H, W, 3] in [0, 1]."""
+    return torch.from_numpy(pixels)[None].float() / 255

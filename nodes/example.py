@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 from .common import CATEGORY
 
 FOLDER = Path(__file__).parent.parent / "workflows" / "media"
-FILES = {"flower clip (33 frames)": "flower.mp4", "cat photo": "cat.jpg"}
+FILES = {"flower clip (33 frames)": "flower.mp4", "cat photo": "cat.jpg", "goats clip (33 frames)": "goats.mp4"}
 
 
 class CVVAEExample(io.ComfyNode):

@@ -6,7 +6,9 @@ what it adds is the host's side: [0, 1] images with the channels last, device me
 
 import contextlib
 import dataclasses
+import gc
 import logging
+import traceback
 
 import comfy.model_management
 import comfy.model_patcher
@@ -270,6 +272,63 @@ class NativeVAE(comfy.sd.VAE):
         window = 3 * frames_of(t) * h * w * SPACE_FACTOR ** 2 * torch.float32.itemsize
         memory = parse_memory(tiling.memory)
         return (min(tile.peak(), memory) if isinstance(memory, int) else tile.peak()) + window
+
+
+# -- training ----------------------------------------------------------------------------------------
+
+
+def weights_of(vae: comfy.sd.VAE) -> keys.State:
+    """The weights of any of the host's VAEs, as float32 tensors of their own on the CPU, fit for training.
+
+    Nodes run in inference mode, and what is made there can never be trained: so these are copies made outside of it.
+    """
+    if getattr(vae, "first_stage_model", None) is None:
+        raise ValueError("The VAE that is connected holds no model: ComfyUI did not recognise its file. Choose another.")
+    with torch.inference_mode(False):
+        return {name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True)
+                for name, tensor in vae.get_sd().items()}
+
+
+def training_device() -> tuple[str, str]:
+    """Where the host computes, and the precision that suits training there: "bf16" or "fp32"."""
+    device = comfy.model_management.get_torch_device()
+    return str(device), "bf16" if comfy.model_management.should_use_bf16(device) else "fp32"
+
+
+@contextlib.contextmanager
+def all_memory():
+    """The device without the host's models inside a with block, and everything given back after, also after an error."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    try:
+        yield
+    except BaseException as error:
+        # The frames an error went through hold the trainer, and the host keeps the error for a while.
+        cause = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        raise
+    finally:
+        gc.collect()  # modules hold each other
+        comfy.model_management.soft_empty_cache()
+
+
+def check_cancelled() -> None:
+    """Raise the host's exception if the user pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """Write ``text`` on the node while it runs."""
+    from server import PromptServer  # here, as the host's own nodes do: it is there once the host runs
+
+    server = getattr(PromptServer, "instance", None)
+    if node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node_id)
+
+
+# -- progress and memory -----------------------------------------------------------------------------
 
 
 class Progress:

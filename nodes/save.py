@@ -1,0 +1,63 @@
+"""Save CV-VAE: into models/vae, where Load CV-VAE finds it."""
+
+import os
+from itertools import count
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.v0_0_2 import io, ui
+
+from .. import cvvae
+from .common import CATEGORY, inside, require_cv_vae
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class CVVAESave(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CVVAESave",
+            display_name="Save CV-VAE",
+            category=CATEGORY,
+            description="Writes a CV-VAE into models/vae, for Load CV-VAE and for programs outside ComfyUI. Press R "
+                        "afterwards: the loader then lists it. Existing files are kept.",
+            search_aliases=["cvvae", "export vae"],
+            is_output_node=True,
+            inputs=[
+                io.Vae.Input("vae", tooltip="A CV-VAE, for example from Finetune CV-VAE."),
+                io.String.Input("name", default="my_cv_vae",
+                                tooltip="Name of the file, without .safetensors; 'folder/name' makes a folder. Where there "
+                                        "is a file of that name, the new one gets a number."),
+                io.Combo.Input("dtype", options=list(DTYPES), default="fp16",
+                               tooltip="Precision of the file. fp16 is half the size and exact enough to use; choose fp32 "
+                                       "to train on from it, bf16 if fp16 warns of values that are not finite."),
+                io.String.Input("description", default="", optional=True, advanced=True,
+                                tooltip="Kept in the file: what it was trained on, for whom."),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, vae, name: str, dtype: str, description: str = "") -> io.NodeOutput:
+        vae = require_cv_vae(vae, "VAESave")
+        path = unused(inside(writable_folder(), name.strip().removesuffix(".safetensors"), "name"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cvvae.save(vae.model, path, DTYPES[dtype], {"description": description})
+        return io.NodeOutput(ui=ui.PreviewText(f"Saved as {path}"))
+
+
+def writable_folder() -> Path:
+    """The first of ComfyUI's folders of VAEs that may be written to."""
+    folders = folder_paths.get_folder_paths("vae")
+    for folder in map(Path, folders):
+        if os.access(folder if folder.exists() else folder.parent, os.W_OK):
+            return folder
+    raise PermissionError(f"None of ComfyUI's folders of VAEs may be written to: {', '.join(folders)}.")
+
+
+def unused(path: Path) -> Path:
+    """``path`` with .safetensors, or with _2, _3, ... before it where that exists."""
+    names = (path.name if number == 1 else f"{path.name}_{number}" for number in count(1))
+    return next(file for name in names if not (file := path.with_name(f"{name}.safetensors")).exists())
