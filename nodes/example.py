@@ -9,7 +9,8 @@ from comfy_api.v0_0_2 import io
 from .common import CATEGORY
 
 FOLDER = Path(__file__).parent.parent / "workflows" / "media"
-FILES = {"flower clip (33 frames)": "flower.mp4", "cat photo": "cat.jpg", "goats clip (33 frames)": "goats.mp4"}
+FILES = {"flower clip (33 frames)": "flower.mp4", "cat photo": "cat.jpg", "goats clip (33 frames)": "goats.mp4",
+         "frog clip (33 frames)": "frog.mp4", "bee clip (33 frames)": "bee.mp4"}
 
 
 class CVVAEExample(io.ComfyNode):
@@ -19,7 +20,7 @@ class CVVAEExample(io.ComfyNode):
             node_id="CVVAEExample",
             display_name="CV-VAE Example Media",
             category=CATEGORY,
-            description="A short clip and a picture to try CV-VAE with. Replace this node by Load Video with Get Video "
+            description="Short clips and a picture to try CV-VAE with. Replace this node by Load Video with Get Video "
                         "Components, or by Load Image, to use your own.",
             inputs=[io.Combo.Input("media", options=list(FILES), tooltip="Which file of workflows/media to load.")],
             outputs=[io.Image.Output(display_name="images"), io.Float.Output(display_name="fps")],
