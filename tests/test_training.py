@@ -1,7 +1,10 @@
 """The trainer: its objective, its data, and runs that go on exactly where they stopped."""
 
 import csv
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import small_run
@@ -11,9 +14,11 @@ from small_run import config, equal, final_state
 
 import cvvae
 from cvvae import checkpoint
-from cvvae.training.config import ConfigError, OptimConfig, at_step
+from cvvae.training.config import Bucket, ConfigError, OptimConfig, TrainConfig, at_step, read_config, tomllib
 from cvvae.training.objective import map_frames
 from cvvae.training.trainer import Trainer, learning_rate
+
+ROOT = Path(__file__).parents[1]
 
 
 class TestConfig:
@@ -49,6 +54,20 @@ class TestConfig:
     def test_overrides_reach_their_key(self, folder):
         read = config(folder, "override", "optim.learning_rate=2", "run.name=a b")
         assert read.optim.learning_rate == 2.0 and read.run.name == "a b"
+
+
+    @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda path: path.stem)
+    def test_the_shipped_ones_can_be_read(self, path):
+        assert read_config(path).optim.steps >= 1000
+
+    def test_the_page_of_settings_has_each_with_its_default(self):
+        page = (ROOT / "docs" / "training_settings.md").read_text()
+        written = dict(re.findall(r"^\| `(\w+\.\w+)` \| `(.+?)` \|", page, re.MULTILINE))
+        written = {key: tomllib.loads(f"x = {value}")["x"] for key, value in written.items()}
+        defaults = {f"{section}.{key}": value for section, values in dataclasses.asdict(TrainConfig()).items()
+                    for key, value in values.items() if key != "buckets"}
+        assert written == defaults
+        assert all(f"`{field.name}`" in page or f" {field.name}" in page for field in dataclasses.fields(Bucket))
 
 
 class TestSchedule:
