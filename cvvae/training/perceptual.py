@@ -33,16 +33,17 @@ class LPIPS(nn.Module):
 
     def __init__(self, net: str = "vgg", weights: str | Path = ""):
         super().__init__()
-        instead = "or set loss.perceptual to 'ms-ssim', which needs neither package nor weights."
+        instead = "or train with loss.perceptual = 'ms-ssim', which needs neither package nor weights."
         try:
             import lpips
         except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises the latter
-            raise ConfigError(f"loss.perceptual is 'lpips', but the package cannot be imported ({error}): "
+            raise ConfigError(f"LPIPS was asked for, but the package cannot be imported ({error}): "
                               f"pip install lpips torchvision, {instead}") from None
         path = Path(weights) if weights else backbone_path(net)
         if not path.is_file():
-            raise ConfigError(f"loss.perceptual is 'lpips', but its backbone's weights are not there: {path}. Fetch them by "
-                              f"`python -m cvvae download-lpips --net {net}`, name a copy in loss.lpips_weights, {instead}")
+            raise ConfigError(f"LPIPS was asked for, but its backbone's weights are not there: {path}. Fetch them by "
+                              f"`python -m cvvae download-lpips --net {net}`, name a copy in loss.lpips_weights or "
+                              f"--lpips-weights, {instead}")
         # pnet_rand: the package would download the backbone otherwise.  Its own heads come with it.
         self.distance = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         state = torch.load(path, map_location="cpu", weights_only=True)
