@@ -52,10 +52,11 @@ def make_tiling(window: int, tile: int, overlap: int, memory: float = 0.0, piece
     return Tiling(window_frames=window, tile_pixels=tile, overlap_pixels=overlap, memory=bytes_or_auto)
 
 
-def require_cv_vae(vae, native_node: str) -> NativeVAE:
+def require_cv_vae(vae, otherwise: str) -> NativeVAE:
+    """``vae``, if it is a CV-VAE; else raises TypeError.  otherwise: what to do with another one, as a sentence."""
     if not isinstance(vae, NativeVAE):
-        raise TypeError(f"This node works with CV-VAE models only, from the node Load CV-VAE; found "
-                        f"{type(vae).__name__}. For other VAEs use ComfyUI's own node {native_node}.")
+        raise TypeError("This node works with CV-VAE models only, such as those of Load CV-VAE; found "
+                        f"{type(vae).__name__}. {otherwise}")
     return vae
 
 

@@ -36,7 +36,7 @@ class CVVAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, mode: str, frames: int, **cut) -> io.NodeOutput:
-        vae = require_cv_vae(vae, "VAE Decode")
+        vae = require_cv_vae(vae, "For other VAEs use ComfyUI's own node VAE Decode.")
         latents = samples["samples"]
         origin = samples.get("cv_vae", {})
         mode = MODES.get(mode) or origin.get("mode") or vae.mode_of(latents)

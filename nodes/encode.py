@@ -34,7 +34,7 @@ class CVVAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels, vae, mode: str, layout: str, **cut) -> io.NodeOutput:
-        vae = require_cv_vae(vae, "VAE Encode")
+        vae = require_cv_vae(vae, "For other VAEs use ComfyUI's own node VAE Encode.")
         mode = MODES.get(mode, vae.batch_is)
         latents = vae.encode_clip(pixels, mode, make_tiling(**cut))
         if layout == CLIP:

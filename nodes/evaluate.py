@@ -39,7 +39,7 @@ class CVVAEEvaluate(io.ComfyNode):
     def execute(cls, vae, images, teacher: str, frames: int, title: str, image_vae=None) -> io.NodeOutput:
         from ..cvvae.training.pictures import clip_sheet  # here, so that ComfyUI starts without waiting for PyAV
 
-        vae = require_cv_vae(vae, "VAE Decode")
+        vae = require_cv_vae(vae, "Image VAEs are what it is compared with: connect them to image_vae.")
         images = images[:frames or None]
         with all_memory():
             compared = image_vae_of(teacher, image_vae) if image_vae is not None or teacher != NONE else None

@@ -22,7 +22,8 @@ class CVVAEFinetune(io.ComfyNode):
                 io.String.Input("folder", default="examples",
                                 tooltip="Videos and pictures to train on: a folder in ComfyUI's input folder, or a whole "
                                         "path. 'examples' are the few clips of this pack; leave it empty to train on "
-                                        "'images' alone. Of four videos or more the last are held out to measure on."),
+                                        "'images' alone. Of four videos or more, one in four is held out to measure on, "
+                                        "two at most."),
                 io.Combo.Input("preset", options=list(PRESETS), default=DEMONSTRATION,
                                tooltip="Clip sizes, batches and losses, by the memory of your graphics card. Larger ones "
                                        "give better results and take longer. The demonstration suits the built-in image "

@@ -320,12 +320,12 @@ def check_cancelled() -> None:
 
 
 def show_text(text: str, node_id: str | None) -> None:
-    """Write ``text`` on the node while it runs."""
+    """Write ``text`` on the node while it runs; nowhere where ``node_id`` is None, outside of a queue."""
+    if node_id is None:
+        return
     from server import PromptServer  # here, as the host's own nodes do: it is there once the host runs
 
-    server = getattr(PromptServer, "instance", None)
-    if node_id is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, node_id)
+    PromptServer.instance.send_progress_text(text, node_id)
 
 
 # -- progress and memory -----------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class CVVAESave(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, name: str, dtype: str, description: str = "") -> io.NodeOutput:
-        vae = require_cv_vae(vae, "VAESave")
+        vae = require_cv_vae(vae, "For other VAEs use ComfyUI's own node VAESave.")
         path = unused(inside(writable_folder(), name.strip().removesuffix(".safetensors"), "name"))
         path.parent.mkdir(parents=True, exist_ok=True)
         cvvae.save(vae.model, path, DTYPES[dtype], {"description": description})

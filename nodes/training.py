@@ -4,8 +4,8 @@ import csv
 import logging
 import math
 import time
-from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import comfy.utils
@@ -40,8 +40,8 @@ from .presets import Preset
 
 log = logging.getLogger(__name__)
 
-HELD_OUT = 2  # clips
-ENOUGH = 4  # videos in a folder, of which HELD_OUT can be spared
+HELD_OUT = 2  # videos of a folder, at most
+ENOUGH = 4  # videos, of which one can be spared
 PREVIEW_EVERY = 10.0  # seconds
 PREVIEW_SHARE = 0.05  # of the time may go into previews
 PREVIEW_SIDE = 512  # pixels
@@ -59,11 +59,13 @@ def finetune(folder: str, preset: Preset, steps: int, learning_rate: float, teac
         if begun and not resume:
             raise ConfigError(f"There is a run {run!r} already, in {out}. Switch resume on to go on with it, or choose "
                               "another name.")
-        out.mkdir(parents=True, exist_ok=True)
-        keep_teacher(image_vae_of(teacher, image_vae), out / "teacher.safetensors", run)
-        if cv_vae is not None and not begun:
-            cvvae.save(require_cv_vae(cv_vae, "VAE Decode").model, out / "start.safetensors", torch.float32)
-        config = make_config(out, sources_of(folder, images, preset, out), preset, steps, learning_rate, seed)
+        data = sources_of(folder, images, preset, out)
+        taught_by = image_vae_of(teacher, image_vae)
+        if begun:
+            require_same_teacher(taught_by, out / "teacher.safetensors", run)
+        else:
+            keep_models(taught_by, cv_vae, out)
+        config = make_config(out, data, preset, steps, learning_rate, seed)
         with all_memory():
             train(config, begun, node_id)
     losses = read_losses(out / "losses.csv")
@@ -83,6 +85,9 @@ def train(config: TrainConfig, resume: bool, node_id: str | None) -> None:
     except TrainingError as error:
         raise TrainingError(f"{error}\nIn this node: choose a smaller preset, or a lower learning rate, and run it again "
                             "under the same name to go on.") from error
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nIn this node run.out is 'run', run.seed 'seed', model.student 'cv_vae'; other settings "
+                          "come from 'preset'.") from error
     show.finish()
 
 
@@ -90,17 +95,17 @@ def train(config: TrainConfig, resume: bool, node_id: str | None) -> None:
 
 
 def sources_of(folder: str, images: Tensor | None, preset: Preset, out: Path) -> DataConfig:
-    """Files to train on, and which of them are held out."""
+    """Files to train on, and which of them are held out; frames of a socket become files in ``out``."""
     sources, held_out = [], []
-    if images is not None:
-        for path, frames in clips_of(images, preset, out):
-            write_clip(path, frames)
-            sources.append(str(path))
-            if path.stem.endswith("held_out"):
-                held_out.append(path.stem)
     if folder.strip():
         sources.append(str(find_folder(folder)))
-        held_out += choose_held_out(find_media(sources[-1:]), preset.validation_frames)
+        held_out += choose_held_out(find_media(sources), preset.validation_frames)
+    if images is not None:
+        spare = preset.validation_frames if len(images) >= preset.longest + preset.validation_frames else 0
+        sources.append(write_clip(out / "images.mkv", images[:len(images) - spare]))
+        if spare:
+            sources.append(write_clip(out / "images_held_out.mkv", images[-spare:]))
+            held_out.append("images_held_out")
     if not sources:
         raise ConfigError("There is nothing to train on: name a folder, or connect a clip to images.")
     if not held_out:
@@ -121,14 +126,10 @@ def find_folder(folder: str) -> Path:
 
 
 def choose_held_out(media: list[Media], frames: int) -> list[str]:
-    """The last videos of a folder that has some to spare, and of them only what is long enough to measure on."""
+    """One in four videos: the first ones, of what is long enough to measure on."""
     videos = {item.stem: item for item in media if item.is_video}
-    spare = HELD_OUT if len(videos) >= ENOUGH else 0
-    found = []
-    for stem in sorted(videos, reverse=True):
-        if len(found) < spare and _length(videos[stem]) >= frames:
-            found.append(stem)
-    return found[::-1]
+    long_enough = (stem for stem, video in videos.items() if _length(video) >= frames)
+    return list(islice(long_enough, min(HELD_OUT, len(videos) // ENOUGH)))
 
 
 def _length(media: Media) -> int:
@@ -139,28 +140,30 @@ def _length(media: Media) -> int:
         return 0
 
 
-def clips_of(images: Tensor, preset: Preset, out: Path) -> Iterator[tuple[Path, Tensor]]:
-    """Files for the frames of a socket: those to train on, and the last ones held out where enough are left."""
-    spare = preset.validation_frames if len(images) >= preset.longest + preset.validation_frames else 0
-    yield out / "images.mkv", images[:len(images) - spare]
-    if spare:
-        yield out / "images_held_out.mkv", images[-spare:]
-
-
-def write_clip(path: Path, images: Tensor) -> None:
+def write_clip(path: Path, images: Tensor) -> str:
+    """Write [T, H, W, 3] in [0, 1] without loss; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path, CLIP_FPS, lossless=True) as writer:
         for frame in images:
             writer.write(frame[..., :3].mul(255).round().clamp(0, 255).byte().cpu().numpy())
+    return str(path)
 
 
 # -- what is trained, and how ------------------------------------------------------------------------
 
 
-def keep_teacher(image_vae: cvvae.ImageVAE, path: Path, run: str) -> None:
-    """Store it with the run, which then goes on without ComfyUI; refuse another one than the run began with."""
-    if not path.exists():
-        cvvae.save(image_vae, path)
-        return
+def keep_models(image_vae: cvvae.ImageVAE, cv_vae, out: Path) -> None:
+    """Store what the run begins with in its folder; it then goes on without ComfyUI, too."""
+    out.mkdir(parents=True, exist_ok=True)
+    start = out / "start.safetensors"
+    start.unlink(missing_ok=True)  # of an attempt that took no step
+    if cv_vae is not None:
+        cvvae.save(require_cv_vae(cv_vae, "Connect image VAEs to image_vae.").model, start, torch.float32)
+    cvvae.save(image_vae, out / "teacher.safetensors")
+
+
+def require_same_teacher(image_vae: cvvae.ImageVAE, path: Path, run: str) -> None:
+    """Raise ConfigError where the run began with another image VAE, which is kept in ``path``."""
     kept, given = cvvae.load_image_vae(path).state_dict(), image_vae.state_dict()
     same = kept.keys() == given.keys() and all(torch.equal(kept[name], given[name]) for name in kept)
     if not same:
@@ -214,8 +217,7 @@ class Progress:
         self.preview_at = now + max(PREVIEW_EVERY, (now - began) / PREVIEW_SHARE)
         if pixels is None:
             return None
-        picture = Image.fromarray(pixels.numpy())
-        return "JPEG", picture, PREVIEW_SIDE
+        return "JPEG", Image.fromarray(pixels.numpy()), PREVIEW_SIDE
 
     def finish(self) -> None:
         """Leave the scores on the node, and what went wrong in the log."""
