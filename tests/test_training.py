@@ -6,7 +6,9 @@ import json
 import re
 from pathlib import Path
 
+import drawn
 import pytest
+import random_weights
 import small_run
 import torch
 from safetensors.torch import load_file
@@ -239,3 +241,26 @@ class TestRuns:
         assert cvvae.load_image_vae(trainer.out / "model.safetensors").config.widths == (8, 8, 8, 8)
         assert "psnr" in trainer.scores and "compatibility_psnr" not in trainer.scores
 
+    @pytest.mark.parametrize("variant", ["v1", "sd3", "inflated"])
+    def test_goes_on_from_a_cv_vae(self, folder, variant):
+        """The published layouts, with their temporal attention, and our own."""
+        start = folder / f"{variant}.safetensors"
+        video_vae = random_weights.video_vae(variant)
+        checkpoint.save(video_vae, start)
+        channels = video_vae.config.latent_channels
+        teacher = folder / f"teacher_{channels}.safetensors"
+        checkpoint.save(drawn.small_image_vae(latent_channels=channels), teacher)
+        trainer = Trainer(config(folder, f"from_{variant}", f"model.teacher={teacher}", f"model.student={start}",
+                                 "optim.steps=2", "loss.regularizer=both", "run.checkpointing=true"))
+        assert equal(trainer.student.state_dict(), video_vae.state_dict())
+        trainer.run()
+        result = cvvae.load(trainer.out / "model.safetensors")
+        assert result.config == video_vae.config
+        moved = [name for name, tensor in trainer.student.named_parameters()
+                 if not torch.equal(tensor, video_vae.get_parameter(name))]
+        assert len(moved) > 0.9 * len(list(video_vae.parameters()))
+
+    def test_a_cv_vae_of_another_latent_space_is_refused(self, folder):
+        checkpoint.save(random_weights.video_vae("sd3"), folder / "wide.safetensors")
+        with pytest.raises(ConfigError, match="model.student has 16 latent channels, model.teacher has 4"):
+            Trainer(config(folder, "refused", f"model.student={folder / 'wide.safetensors'}"))

@@ -48,11 +48,11 @@ def write_video(path: Path, count: int, height: int = 64, width: int = 64, fps: 
     return path
 
 
-def small_image_vae(seed: int = 0):
+def small_image_vae(seed: int = 0, latent_channels: int = 4):
     """A random image VAE of a few thousand weights."""
     import torch
 
     from cvvae import Config, ImageVAE
 
     torch.manual_seed(seed)
-    return ImageVAE(Config("image", 4, (8, 8, 8, 8), 1, norm_groups=4))
+    return ImageVAE(Config("image", latent_channels, (8, 8, 8, 8), 1, norm_groups=4))
