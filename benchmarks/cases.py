@@ -126,17 +126,25 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which models, of which shape, and where: what :func:`contenders` and :func:`build` read."""
-    parser.add_argument("--reference", type=_checkout, metavar="PATH",
-                        help="a checkout of github.com/AILab-CVC/CV-VAE to compare with; without it only ours is measured")
+    add_reference_option(parser)
     parser.add_argument("--compiled", action="store_true", help="also measure our engine with torch.compile")
     parser.add_argument("--plain", action="store_true", help="also measure our definition run layer by layer")
     parser.add_argument("--variant", nargs="+", choices=list(CHANNELS), default=list(CHANNELS), dest="variants",
                         help="families: v1 has 4 latent channels, sd3 has 16")
-    parser.add_argument("--widths", nargs=4, type=_width, default=WIDTHS, action=_Widths, metavar="N",
-                        help="channels of the four levels, multiples of 32; the default is the published models'")
+    add_widths_option(parser)
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="what is measured")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and computation")
     add_device_option(parser)
+
+
+def add_reference_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reference", type=_checkout, metavar="PATH",
+                        help="a checkout of github.com/AILab-CVC/CV-VAE to compare with; without it only ours is measured")
+
+
+def add_widths_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--widths", nargs=4, type=_width, default=WIDTHS, action=_Widths, metavar="N",
+                        help="channels of the four levels, multiples of 32; the default is the published models'")
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import cvvae
 from cvvae import keys
@@ -79,11 +79,17 @@ def config(variant: str, widths: tuple[int, ...]) -> cvvae.Config:
 
 @cache
 def weights(variant: str, widths: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
-    """Kernels ~ N(0, 1/fan_in), norm gains ~ 1 + N(0, 0.1), biases ~ N(0, 0.05), under our names."""
+    """Of our model, as :func:`drawn` draws them."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in cvvae.VideoVAE(config(variant, widths)).state_dict().items()}
+        model = cvvae.VideoVAE(config(variant, widths))
+    return drawn(model, seed)
+
+
+def drawn(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Kernels ~ N(0, 1/fan_in), norm gains ~ 1 + N(0, 0.1), biases ~ N(0, 0.05), under the names ``model`` has for them."""
     state = {}
-    for name, shape in shapes.items():
+    for name, tensor in model.state_dict().items():
+        shape = tensor.shape
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode())))
         if len(shape) > 1:
             state[name] = noise.div_(math.sqrt(math.prod(shape[1:])))
@@ -129,14 +135,22 @@ def _importable(folder: Path) -> Iterator[None]:
     stand_in, stand_in_ops = ModuleType("xformers"), ModuleType("xformers.ops")
     stand_in.ops = stand_in_ops
     stand_in_ops.memory_efficient_attention = _attention
-    stand_ins = {"xformers": stand_in, "xformers.ops": stand_in_ops}
+    sys.path.insert(0, str(folder))
+    try:
+        with replaced({"xformers": stand_in, "xformers.ops": stand_in_ops}):
+            yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextmanager
+def replaced(stand_ins: dict[str, ModuleType | None]) -> Iterator[None]:
+    """What imports inside find under these names, installed or not; None is found missing."""
     real = {name: sys.modules.get(name) for name in stand_ins}
     sys.modules.update(stand_ins)
-    sys.path.insert(0, str(folder))
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
         for name, module in real.items():
             del sys.modules[name]
             if module is not None:

@@ -3,11 +3,13 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import ablation
 import cases
 import fresh
 import growth
@@ -19,11 +21,14 @@ import pytest
 import reference
 import speed
 import torch
+import train_step
 
 import cvvae
+from cvvae.training.config import Bucket
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = ["--widths", "32", "32", "32", "32", "--device", "cpu"]
+MEDIA = Path(__file__).parents[1] / "workflows" / "media"
 MB = 10**6
 
 
@@ -177,6 +182,148 @@ class TestCommands:
         shown = subprocess.run([sys.executable, BENCHMARKS / "speed.py", "--help"], cwd=tmp_path, text=True,
                                env=os.environ | {"COLUMNS": "200"}, capture_output=True, check=True).stdout
         assert "--reference PATH" in shown and "(default: 1x512x512 17x256x256)" in shown
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Here and in processes started from here: such small steps have nothing for more threads to do."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+class TestTrainStep:
+    @staticmethod
+    def options(**changed):
+        return argparse.Namespace(**{"widths": (32, 32, 32, 32), "device": "cpu", "reference": None, "settings": ["plain"],
+                                     "precisions": ["fp32"], "gans": ["none"], "keep_activations": False, "rounds": 1,
+                                     "measure": ["time"]} | changed)
+
+    def test_time_and_memory_of_ours(self, tmp_path):
+        train_step.main([*SMALL, "--cases", "5x16x16", "--precision", "fp32", "--gan", "none", "--settings", "plain",
+                         "one_pass", "--rounds", "2", "--out", str(tmp_path)])
+        (found,) = json.loads((tmp_path / "train_step.json").read_text())["measurements"]  # one_pass concerns the GAN only
+        assert found["contender"] == "ours, plain" and len(found["seconds"]) == 2 and found["difference"] is None
+        weights = sum(parameter.numel() for parameter in train_step.models((32, 32, 32, 32))[0].parameters())
+        assert found["peak_bytes"] > found["kept_bytes"] > 4 * 5 * weights  # gradient, two moments, moving average
+        assert "| 5x16x16 | fp32 | no | ours, plain |" in (tmp_path / "train_step.md").read_text()
+
+    def test_every_setting_reaches_the_trainer(self, tmp_path):
+        task = train_step.Task(cases.Size(5, 16, 16), "bf16", "hinge")
+        config = train_step.training_config(task, "checkpointing+channels_last+one_pass+adamw8bit", self.options(), tmp_path)
+        assert config.run.checkpointing and config.run.channels_last and config.run.precision == "bf16"
+        assert config.loss.gan == "hinge" and config.loss.gan_passes == 1 and config.optim.optimizer == "adamw8bit"
+        assert config.loss.kl == pytest.approx(16 * 2 / 192)
+
+    @pytest.mark.parametrize("arguments, message", [
+        (["--settings", "plain+fast"], "fast, plain: expected plain, or some of checkpointing, "),
+        (["--settings", "official_discriminator"], "official_discriminator needs --reference"),
+        (["--fit", "--device", "cpu"], "there is no CUDA here")])
+    def test_what_cannot_be_measured_is_said(self, arguments, message, capsys):
+        with pytest.raises(SystemExit):
+            train_step.main(arguments)
+        assert message in capsys.readouterr().err
+
+    def test_steps_that_differ_are_not_compared(self):
+        task = train_step.Task(cases.Size(5, 16, 16), "fp32", "none")
+        losses = dict.fromkeys(("reconstruction", "decoder_regularizer", "kl", "total", "gradient_norm"), 0.5)
+        assert train_step.difference(losses | {"kl": 0.5001}, losses, task, "ours, plain") == pytest.approx(2e-4)
+        for wrong in (0.501, float("nan")):
+            with pytest.raises(SystemExit, match="kl is .* by ours, plain and 0.5 by the official code"):
+                train_step.difference(losses | {"kl": wrong}, losses, task, "ours, plain")
+
+    def test_what_fits_is_tried_from_the_best_down(self, monkeypatch):
+        monkeypatch.setattr(fresh, "call", lambda function, *arguments: function(*arguments))
+        found = train_step.fit([Bucket(5, 16, 16, 1)], self.options())
+        assert [one["setting"] for one in found] == ["plain", "checkpointing"]
+        assert all(one["peak_bytes"] > one["kept_bytes"] > 0 for one in found)
+
+    def test_a_budget_gets_the_first_that_fits(self):
+        first = {"clip": "17x256x256", "precision": "bf16", "GAN": "yes", "setting": "plain", "peak_bytes": 20 * 2**30,
+                 "second_step_seconds": 1.0}
+        measurements = [first, first | {"setting": "checkpointing", "peak_bytes": 10 * 2**30}]
+        assert [train_step.fit_row(first)[f"{budget} GB"] for budget in train_step.BUDGETS] == ["no", "no", "no", "yes"]
+        lines = train_step.best_fits(measurements).splitlines()[-4:]
+        assert [line.rpartition(" ")[2] for line in lines] == ["these", "checkpointing", "checkpointing", "plain"]
+        assert "more than there is here" in train_step.fit_row({key: first[key] for key in list(first)[:4]}).values()
+
+    @pytest.mark.parametrize("gan, setting", [("none", "checkpointing"), ("hinge", "official_discriminator")])
+    def test_the_official_step_has_the_same_losses_and_gradient(self, gan, setting):
+        path = os.environ.get("CVVAE_REFERENCE")
+        if not path:
+            pytest.skip("set CVVAE_REFERENCE to a checkout of github.com/AILab-CVC/CV-VAE to compare with it")
+        pytest.importorskip("diffusers", reason="the official code needs diffusers")
+        options = self.options(reference=Path(path), settings=[setting])
+        task = train_step.Task(cases.Size(9, 32, 32), "fp32", gan)
+        seconds, differences = train_step.time_steps(task, options)
+        assert differences[f"ours, {setting}"] < 1e-4 and set(seconds) == {f"ours, {setting}", "reference"}
+
+
+@pytest.mark.usefixtures("one_thread")
+class TestAblation:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr(ablation, "LAST", 5)  # frames that are scored
+        monkeypatch.setattr(ablation, "describe", lambda: {"cores": 1})
+
+    def run(self, out, *more):
+        clips = out / "source"
+        if not clips.exists():
+            clips.mkdir(parents=True)
+            shutil.copy(MEDIA / "flower.mp4", clips)
+        ablation.main(["--clips", str(clips), "--out", str(out / "table"), "--arms", "decoder", "--seeds", "0",
+                       "--size", "16", "--frames", "5", "--score-size", "32", "--steps", "2", *more])
+
+    def test_a_table_is_made_once_and_of_one_kind(self, tmp_path, monkeypatch):
+        pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+        self.run(tmp_path)
+        table = tmp_path / "table"
+        (found,) = json.loads((table / "ablation.json").read_text())["measurements"]
+        assert (found["arm"], found["seed"], found["resumed_at"]) == ("decoder", 0, 0)
+        assert found["scores"]["psnr"] > 10 and found["untrained"]["psnr"] > 10
+        written = (table / "ablation.md").read_text()
+        assert "| decoder | random |" in written and "| before training | - |" in written
+        assert (table / "ablation.png").stat().st_size > 10_000
+
+        monkeypatch.setattr(ablation, "train", lambda *_: pytest.fail("a finished run was trained again"))
+        self.run(tmp_path)
+        with pytest.raises(SystemExit, match="runs with other settings: steps was 2 and is 3. Choose another --out"):
+            self.run(tmp_path, "--steps", "3")
+
+    def test_an_interrupted_run_goes_on(self, tmp_path):
+        folder = tmp_path / "clips"
+        folder.mkdir()
+        held_out = ablation.split(MEDIA / "flower.mp4", folder, 32)
+        options = argparse.Namespace(out=tmp_path, frames=[5], size=16, teacher="tiny", score_size=32, steps=2, rate=1e-3)
+        config = ablation.run_config(ablation.ARMS["none"], 0, options, [held_out], tmp_path / "run")
+        trainer = ablation.Trainer(config)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(lambda step, losses: (_ for _ in ()).throw(KeyboardInterrupt))
+        found = ablation.train(config, threads=1)
+        assert found["resumed_at"] == 1 and found["scores"]["psnr"] > 10
+
+    def test_held_out_clips_are_spread_and_whole(self):
+        names = [f"clip{k}" for k in "abcdefghijkl"] + ["shoot_0", "shoot_1"]
+        assert ablation.choose_held_out(names, None) == ["clipa", "clipe", "clipi"]
+        assert ablation.choose_held_out(names, ["shoot_1", "clipb"]) == ["clipb", "shoot_1"]
+        assert ablation.choose_held_out(["shoot_0", "shoot_1"], None) == ["shoot_1"]
+        with pytest.raises(SystemExit, match="--held-out names other, found nowhere"):
+            ablation.choose_held_out(names, ["other"])
+
+    def test_arms_are_compared_seed_by_seed(self):
+        scores = {"decoder": [26.0, 27.0], "both": [25.5, 27.25], "encoder": [20.0]}
+        found = [{"arm": arm, "seed": seed, "scores": {"psnr": psnr, "image_vae_psnr": 30.0}}
+                 for arm, values in scores.items() for seed, psnr in enumerate(values)]
+        assert ablation.differences(found, "psnr", "decoder", "both") == [0.5, -0.25]
+        assert ablation.differences(found, "psnr", "decoder", "encoder") == [6.0]
+        assert ablation.mean_text([26.0, 27.0], 2) == "26.50 ± 0.71" and ablation.mean_text([], 2) == "-"
+        written = ablation.notes(found)
+        assert "PSNR: decoder - both = 0.12 ± 0.53 dB, above 0 in 1 of 2 seeds" in written
+        assert "over 2 seeds" in written and "30.00 dB" in written and "slice" not in written
+        assert ablation.row("decoder", found)["PSNR"] == "26.50 ± 0.71"
 
 
 class TestReference:
