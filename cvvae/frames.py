@@ -23,6 +23,11 @@ def padded_frames(frames: int) -> int:
     return frames_of(latents_of(frames))
 
 
+def latent_of(frame: int) -> int:
+    """The latent that stands for frame number ``frame`` >= 0."""
+    return latents_of(frame + 1) - 1
+
+
 def first_frame(latent: int) -> int:
     """First frame that latent number ``latent`` stands for."""
     return max(0, TIME_FACTOR * latent - TIME_FACTOR + 1)
