@@ -60,11 +60,10 @@ def measured(vae: NativeVAE, image_vae: cvvae.ImageVAE | None, images: Tensor):
 
 
 def report(title: str, images: Tensor, scores: dict[str, float]) -> str:
-    """Markdown."""
+    """A list of the scores, that reads well as plain text and as Markdown."""
     from ..cvvae.training.evaluation import SCORES, cell
 
     frames, height, width = images.shape[:3]
-    lines = [f"## {title}", "", f"{frames} frames of {width} x {height}", "",
-             "| score | value | meaning |", "|---|---:|---|"]
-    lines += [f"| {name} | {cell(scores, name)} | {SCORES[name].meaning} |" for name in scores]
+    lines = [f"{title}, {frames} frames of {width} x {height}", ""]
+    lines += [f"- {name}: {cell(scores, name)} ({SCORES[name].meaning})" for name in scores]
     return "\n".join(lines) + "\n"

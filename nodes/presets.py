@@ -25,7 +25,7 @@ class Preset:
 
 DEMONSTRATION = "demonstration (CPU, minutes)"
 PRESETS = {
-    DEMONSTRATION: Preset([(1, 64, 64, 4, 0.2), (9, 64, 64, 2, 0.8)], 9, 128, max_stride=2, checkpointing=False,
+    DEMONSTRATION: Preset([(1, 48, 48, 4, 0.1), (9, 48, 48, 2, 0.9)], 9, 128, max_stride=2, checkpointing=False,
                           perceptual="none"),
     "low (8 GB)": Preset([(1, 256, 256, 1, 0.5), (9, 192, 192, 1, 0.5)], 17, 192, accumulate=4),
     "medium (12 GB)": Preset([(1, 256, 256, 4, 0.5), (9, 256, 256, 1, 0.5)], 17, 256, accumulate=2),

@@ -10,6 +10,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from .. import cvvae
 from .common import CATEGORY, inside, require_cv_vae
+from .host import show_text
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -37,6 +38,7 @@ class CVVAESave(io.ComfyNode):
                                 tooltip="Kept in the file: what it was trained on, for whom."),
             ],
             outputs=[],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -45,6 +47,7 @@ class CVVAESave(io.ComfyNode):
         path = unused(inside(writable_folder(), name.strip().removesuffix(".safetensors"), "name"))
         path.parent.mkdir(parents=True, exist_ok=True)
         cvvae.save(vae.model, path, DTYPES[dtype], {"description": description})
+        show_text(f"Saved as {path.name}", cls.hidden.unique_id if cls.hidden else None)
         return io.NodeOutput(ui=ui.PreviewText(f"Saved as {path}"))
 
 

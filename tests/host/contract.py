@@ -949,9 +949,9 @@ def evaluate_equals_the_library():
     with host.torch.inference_mode(False):
         expected = host.evaluation.evaluate_clip(host.cvvae.load("tiny"), host.cvvae.load_image_vae("tiny"), source.clone())
     report, sheet = run("CVVAEEvaluate", vae=vae, images=frames, frames=5, title="Mine")
-    assert report.startswith("## Mine\n\n5 frames of 40 x 32\n"), report
+    assert report.startswith("Mine, 5 frames of 40 x 32\n"), report
     for name, score in expected.scores.items():
-        assert f"| {name} | {host.evaluation.cell(expected.scores, name)} |" in report, f"{name} is not {score} in\n{report}"
+        assert f"- {name}: {host.evaluation.cell(expected.scores, name)} (" in report, f"{name} is not {score} in\n{report}"
     close(sheet, host.torch.from_numpy(host.pictures.clip_sheet("Mine", expected.pictures))[None].float() / 255, 0.02)
     without = run("CVVAEEvaluate", vae=vae, images=frames, frames=0, teacher="none")[0]
     assert "compatibility" not in without and "9 frames" in without
