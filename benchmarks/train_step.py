@@ -14,6 +14,7 @@ See reference_training.py for how the official step is made to run.
 """
 
 import argparse
+import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for task in tasks:
         found = measure(task, options)
         measurements += found
-        rows += [row(one, found) for one in found]
+        rows += [row(one, found, "memory" in options.measure) for one in found]
         for one in rows[-len(found):]:
             print(*one.values(), sep="  ", flush=True)
     publish("train_step", "One training step", options, rows, measurements)
@@ -215,9 +216,7 @@ def their_step(task: Task, options: argparse.Namespace, recompute: bool = True) 
 
 def contenders(task: Task, options: argparse.Namespace) -> dict[str, Callable[[], "OurStep | OfficialStep"]]:
     """How to build each of those compared, ours first."""
-    # What concerns the GAN only is measured where there is one.
-    settings = [setting for setting in options.settings
-                if task.gan != "none" or not {"one_pass", "official_discriminator"} & set(setting.split("+"))]
+    settings = dict.fromkeys(_concerning(setting, task.gan) for setting in options.settings)
     found = {f"ours, {setting}": lambda setting=setting: OurStep(task, setting, options) for setting in settings}
     if options.reference is not None:
         found["reference"] = lambda: their_step(task, options)
@@ -226,23 +225,34 @@ def contenders(task: Task, options: argparse.Namespace) -> dict[str, Callable[[]
     return found
 
 
+def _concerning(setting: str, gan: str) -> str:
+    """``setting`` without what changes nothing where there is no GAN."""
+    chosen = [name for name in setting.split("+") if gan != "none" or name not in ("one_pass", "official_discriminator")]
+    return "+".join(chosen) or PLAIN
+
+
 # -- time and memory ---------------------------------------------------------------------------------
 
 
 def measure(task: Task, options: argparse.Namespace) -> list[dict]:
     """Of each contender: seconds of every round, how far its losses are from the official ones, and its peak."""
-    seconds, differences = time_steps(task, options) if "time" in options.measure else ({}, {})
+    try:
+        seconds, differences = time_steps(task, options) if "time" in options.measure else ({}, {})
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"{task}: out of memory. All that are timed in turn are held at once: leave some out (--settings, "
+                         "--precision, --gan), or give --measure memory.") from None
     found = []
     for name in contenders(task, options):
         one = {"contender": name, **task.describe(), "seconds": seconds.get(name, []), "difference": differences.get(name)}
         if "memory" in options.measure:
-            one |= fresh.call(peak, name, task, options) or {"ended": True}
+            one |= measured_peak(name, task, options)
         found.append(one)
     return found
 
 
 def time_steps(task: Task, options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds by contender, and of ours the largest relative difference of a loss to the official one."""
+    gc.collect()  # the last task's models point at themselves, and go only now
     steps = {name: build() for name, build in contenders(task, options).items()}
     clip = task.clip(options.device)
     seed = next(iter(steps.values())).seed()
@@ -295,6 +305,14 @@ def same_draws(seed: int, device: str) -> Iterator[None]:
         yield
 
 
+def measured_peak(name: str, task: Task, options: argparse.Namespace) -> dict:
+    """:func:`peak` in a process of its own; {} where there was not enough memory."""
+    try:
+        return fresh.call(peak, name, task, options)
+    except torch.OutOfMemoryError:
+        return {}
+
+
 def peak(name: str, task: Task, options: argparse.Namespace) -> dict:
     """Bytes of all tensors at the highest point of a step that is not the first, and of those kept between steps.
 
@@ -315,8 +333,11 @@ def peak(name: str, task: Task, options: argparse.Namespace) -> dict:
     return {"kept_bytes": kept, "peak_bytes": kept + taken.extra, "second_step_seconds": seconds}
 
 
-def row(measurement: dict, beside: list[dict]) -> Row:
-    """Medians, and how many official steps one step's time is; ``beside`` holds the official one's measurement."""
+def row(measurement: dict, beside: list[dict], memory: bool) -> Row:
+    """Medians, and how many times the official speed they are; ``beside`` holds the official step's measurement.
+
+    memory: whether it was measured.
+    """
     cells = {name: measurement[name] for name in ("clip", "precision", "GAN")} | {"by": measurement["contender"]}
     expected = next((one["seconds"] for one in beside if one["contender"] == "reference"), [])
     if measurement["seconds"]:
@@ -329,8 +350,8 @@ def row(measurement: dict, beside: list[dict]) -> Row:
     if "peak_bytes" in measurement:
         cells |= {"peak": megabytes(measurement["peak_bytes"]),
                   "of it kept between steps": megabytes(measurement["kept_bytes"])}
-    elif "ended" in measurement:
-        cells["peak"] = "ended by the system"
+    elif memory:
+        cells["peak"] = "more than there is here"
     return cells
 
 
@@ -347,11 +368,8 @@ def fit(buckets: Sequence[Bucket], options: argparse.Namespace) -> list[dict]:
         task = Task(Size(bucket.frames, bucket.height, bucket.width), precision, gan, bucket.batch)
         chosen = ["adamw8bit"] * (optimizer == "adamw8bit") + ["checkpointing"] * checkpointing
         setting = "+".join(chosen) or PLAIN
-        one = {**task.describe(), "setting": setting}
-        try:
-            one |= fresh.call(peak, f"ours, {setting}", task, argparse.Namespace(**vars(options) | {"settings": [setting]}))
-        except torch.OutOfMemoryError:
-            pass  # more than this GPU has
+        only = argparse.Namespace(**vars(options) | {"settings": [setting]})
+        one = {**task.describe(), "setting": setting} | measured_peak(f"ours, {setting}", task, only)
         found.append(one)
         print(*fit_row(one).values(), sep="  ", flush=True)
     return found
