@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.set_defaults(out=Path("runs/ablation"))
     parser.add_argument("--clips", type=Path, default=MEDIA, metavar="FOLDER",
-                        help="videos to train on (default: the example clip, enough to see that the command runs)")
+                        help="videos to train on (default: the example clips, enough to see that the command runs)")
     parser.add_argument("--held-out", nargs="+", default=None, metavar="NAME", dest="held_out",
                         help=f"videos (no folder, no suffix) to score on; by default {HELD_OUT}, evenly chosen in the order "
                              "of their names, or of a single video its last frames")
