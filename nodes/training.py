@@ -174,6 +174,7 @@ def require_same_teacher(image_vae: cvvae.ImageVAE, path: Path, run: str) -> Non
 def make_config(out: Path, data: DataConfig, preset: Preset, steps: int, learning_rate: float, seed: int) -> TrainConfig:
     device, precision = training_device()
     start = out / "start.safetensors"
+    every = min(500, max(1, steps // 4))
     data.buckets = [Bucket(*bucket) for bucket in preset.buckets]
     data.validation_frames, data.validation_size = preset.validation_frames, preset.validation_size
     data.max_stride = preset.max_stride
@@ -183,7 +184,7 @@ def make_config(out: Path, data: DataConfig, preset: Preset, steps: int, learnin
         LossConfig(perceptual=preset.perceptual, gan=preset.gan, gan_start=preset.gan_start),
         OptimConfig(steps=steps, learning_rate=learning_rate, warmup=min(100, steps // 10), accumulate=preset.accumulate),
         RunConfig(out=str(out), seed=seed, device=device, precision=precision, checkpointing=preset.checkpointing,
-                  channels_last=device.startswith("cuda"), validate_every=min(500, max(1, steps // 4)),
+                  channels_last=device.startswith("cuda"), save_every=every, validate_every=every,
                   name=f"CV-VAE, finetuned in ComfyUI as {out.name}"))
     check(config)
     return config
@@ -220,8 +221,9 @@ class Progress:
         return "JPEG", Image.fromarray(pixels.numpy()), PREVIEW_SIDE
 
     def finish(self) -> None:
-        """Leave the scores on the node, and what went wrong in the log."""
+        """Leave the scores and the last preview on the node, and what went wrong in the log."""
         trainer = self.trainer
+        self.bar.update_absolute(self.steps, self.steps, self.preview())
         done = f"step {trainer.step}/{self.steps}"
         if trainer.scores:
             done += (f", held-out clips {cell(trainer.scores, 'psnr')} dB "

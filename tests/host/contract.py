@@ -888,6 +888,7 @@ def progress_tells_speed_time_left_and_shows_the_held_out_clip():
     assert re.fullmatch(r"step 3/3, held-out clips [\d.]+ dB \(image VAE [\d.]+ dB\)", texts[-1]), texts
     kind, picture, size = previews[0][2]
     assert previews[0][:2] == (1, 3) and previews[-1][:2] == (3, 3) and kind == "JPEG" and size >= 256
+    assert previews[-1][2], "what the last step gave is not shown"
     assert picture.width > 3 * 16 and picture.height >= 16
     words = host.training.in_words
     assert words(10, 1000, 0.25, 0.5) == "step 10/1000, 4.0 s/step, 1:06:00 left, loss 0.5000"
