@@ -111,15 +111,15 @@ class Server:
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{path} answered {error.code}: {error.read().decode()[:3000]}") from None
 
-    def run(self, prompt: dict, seconds: float = 180) -> dict[str, list[Path]]:
+    def run(self, prompt: dict, seconds: float = 300) -> dict[str, list[Path]]:
         """Queue ``prompt`` and wait; the files each node saved, by node id."""
         return self.saved(self.post("/prompt", {"prompt": prompt})["prompt_id"], seconds)
 
-    def saved(self, prompt_id: str, seconds: float = 180) -> dict[str, list[Path]]:
+    def saved(self, prompt_id: str, seconds: float = 300) -> dict[str, list[Path]]:
         deadline = time.monotonic() + seconds
         while not (entry := self.get(f"/history/{prompt_id}").get(prompt_id)):
             assert time.monotonic() < deadline, f"no result after {seconds} s:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.3)
         assert entry["status"]["status_str"] == "success", json.dumps(entry["status"], indent=1)[:5000]
         return {node: [self.base / file["type"] / file["subfolder"] / file["filename"] for file in output["images"]]
-                for node, output in entry["outputs"].items()}
+                for node, output in entry["outputs"].items() if "images" in output}

@@ -1,5 +1,7 @@
 """ComfyUI started for real: what it says about the nodes, and the workflows run through its queue."""
 
+import copy
+
 import av
 import numpy as np
 import pytest
@@ -13,6 +15,12 @@ NODES = {
     "CVVAEEncode": (["pixels", "vae", "mode", "layout", "window", "tile", "overlap", "memory", "pieces"], ["LATENT"]),
     "CVVAEDecode": (["samples", "vae", "mode", "frames", "window", "tile", "overlap", "memory", "pieces"], ["IMAGE"]),
     "CVVAEExample": (["media"], ["IMAGE", "FLOAT"]),
+    "CVVAEInflate": (["teacher", "image_vae"], ["VAE"]),
+    "CVVAEFinetune": (["folder", "preset", "steps", "learning_rate", "teacher", "run", "resume", "seed", "images",
+                       "image_vae", "cv_vae"], ["VAE", "LOSS_MAP", "STRING", "IMAGE"]),
+    "CVVAELossPlot": (["run"], ["IMAGE"]),
+    "CVVAEEvaluate": (["vae", "images", "teacher", "frames", "title", "image_vae"], ["STRING", "IMAGE"]),
+    "CVVAESave": (["vae", "name", "dtype", "description"], []),
 }
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN", "COMFY_DYNAMICCOMBO_V3")
 
@@ -58,11 +66,12 @@ def saved_by(files: dict, workflow: dict, title: str):
 def test_object_info(server, node_id):
     info = server.get(f"/object_info/{node_id}")[node_id]
     inputs, outputs = NODES[node_id]
-    assert [name for kind in info["input_order"].values() for name in kind] == inputs
+    assert [name for kind in ("required", "optional") for name in info["input_order"].get(kind, [])] == inputs
     assert info["output"] == outputs
     assert info["category"] == "CV-VAE" and "CV-VAE" in info["display_name"] and info["description"]
-    for name, spec in info["input"]["required"].items():
-        assert spec[1]["tooltip"], f"{name} has no tooltip"
+    for kind in ("required", "optional"):
+        for name, spec in info["input"].get(kind, {}).items():
+            assert spec[1]["tooltip"], f"{name} has no tooltip"
 
 
 def test_the_loader_lists_files_and_the_built_in_model(server):
@@ -93,6 +102,31 @@ def test_video_round_trip(server, workflows):
     both = frames_of(saved_by(files, workflow, "Source and clip side by side"))
     assert both.shape == (33, 160, 424, 3)
     assert psnr(both[:, :, :208], source) > 30 and psnr(both[:, :, -208:], source) > ENOUGH
+
+
+def test_finetune(server, workflows):
+    """The graph in two steps: what it saves is a CV-VAE that the loader lists."""
+    workflow = shortened(workflows["cv-vae_finetune"])
+    files = server.run(api_form(workflow, server.get("/object_info")))
+    assert frames_of(saved_by(files, workflow, "Pictures after")).shape[1:] > (100, 500)
+    assert frames_of(saved_by(files, workflow, "Losses, and scores of the held-out clip")).shape == (1, 1040, 900, 3)
+    run = server.base / "output" / "cv-vae" / "shortened"
+    assert (run / "checkpoints" / "step_00000002.pt").exists()
+    assert len((run / "validation.csv").read_text().splitlines()) == 4  # a heading, before, in between and after
+    options = server.get("/object_info/CVVAELoader")["CVVAELoader"]["input"]["required"]["vae_name"]
+    assert "finetuned.safetensors" in (options[0] if isinstance(options[0], list) else options[1]["options"])
+
+
+def shortened(workflow: dict) -> dict:
+    """A finetune of two steps in a run of its own, measured on five frames."""
+    workflow = copy.deepcopy(workflow)
+    for node in workflow["nodes"]:
+        if node["type"] == "CVVAEFinetune":
+            node["widgets_values"][2] = 2
+            node["widgets_values"][5] = "shortened"
+        if node["type"] == "CVVAEEvaluate":
+            node["widgets_values"][1] = 5
+    return workflow
 
 
 def test_a_wrong_value_is_refused_before_running(server):
