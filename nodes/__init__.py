@@ -8,6 +8,9 @@ from .evaluate import CVVAEEvaluate
 from .example import CVVAEExample
 from .finetune import CVVAEFinetune
 from .inflate import CVVAEInflate
+from .interpolate import CVVAEInterpolateLatents
+from .latent_time import CVVAEInsertLatents, CVVAEJoinLatents, CVVAEResampleLatents, CVVAETrimLatents
+from .latent_tools import CVVAEEmptyLatents, CVVAELatentLayout, CVVAELatentStatistics, CVVAENormalizeLatents
 from .loader import CVVAELoader
 from .loss_plot import CVVAELossPlot
 from .save import CVVAESave
@@ -16,4 +19,6 @@ from .save import CVVAESave
 class CVVAEExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [CVVAELoader, CVVAEEncode, CVVAEDecode, CVVAEExample, CVVAEInflate, CVVAEFinetune, CVVAELossPlot,
-                CVVAEEvaluate, CVVAESave]
+                CVVAEEvaluate, CVVAESave, CVVAEInterpolateLatents, CVVAETrimLatents, CVVAEResampleLatents,
+                CVVAEJoinLatents, CVVAEInsertLatents, CVVAELatentLayout, CVVAELatentStatistics, CVVAENormalizeLatents,
+                CVVAEEmptyLatents]
