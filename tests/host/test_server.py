@@ -22,6 +22,18 @@ NODES = {
     "CVVAEEvaluate": (["vae", "images", "teacher", "frames", "title", "image_vae"], ["STRING", "IMAGE"]),
     "CVVAESave": (["vae", "name", "dtype", "description"], []),
 }
+LATENT_NODES = {
+    "CVVAEInterpolateLatents": (["keyframes", "frames", "positions", "curve", "easing", "loop", "batch_is"],
+                                ["LATENT", "INT"]),
+    "CVVAETrimLatents": (["samples", "start", "frames", "play", "fade", "repeat", "vae"], ["LATENT", "INT"]),
+    "CVVAEResampleLatents": (["samples", "speed", "frames", "curve", "vae"], ["LATENT", "INT"]),
+    "CVVAEJoinLatents": (["clips", "overlap", "curve", "easing", "vae"], ["LATENT", "INT"]),
+    "CVVAEInsertLatents": (["samples", "inserted", "frame", "action", "vae"], ["LATENT", "INT"]),
+    "CVVAELatentLayout": (["samples", "layout", "clips"], ["LATENT", "INT"]),
+    "CVVAELatentStatistics": (["samples"], ["STRING", "IMAGE"]),
+    "CVVAENormalizeLatents": (["samples", "over", "strength", "reference"], ["LATENT"]),
+    "CVVAEEmptyLatents": (["width", "height", "frames", "channels", "layout"], ["LATENT", "INT"]),
+}
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN", "COMFY_DYNAMICCOMBO_V3")
 
 
@@ -62,13 +74,14 @@ def saved_by(files: dict, workflow: dict, title: str):
     return path
 
 
-@pytest.mark.parametrize("node_id", NODES)
+@pytest.mark.parametrize("node_id", NODES | LATENT_NODES)
 def test_object_info(server, node_id):
     info = server.get(f"/object_info/{node_id}")[node_id]
-    inputs, outputs = NODES[node_id]
+    inputs, outputs = (NODES | LATENT_NODES)[node_id]
     assert [name for kind in ("required", "optional") for name in info["input_order"].get(kind, [])] == inputs
     assert info["output"] == outputs
-    assert info["category"] == "CV-VAE" and "CV-VAE" in info["display_name"] and info["description"]
+    assert info["category"] == ("CV-VAE" if node_id in NODES else "CV-VAE/latent")
+    assert "CV-VAE" in info["display_name"] and info["description"]
     for kind in ("required", "optional"):
         for name, spec in info["input"].get(kind, {}).items():
             assert spec[1]["tooltip"], f"{name} has no tooltip"
