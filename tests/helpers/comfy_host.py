@@ -35,7 +35,8 @@ class Host:
         return re.search(r'"(.+)"', (self.path / "comfyui_version.py").read_text())[1]
 
     def environment(self) -> dict[str, str]:
-        return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "2"}
+        # One thread: with more, each small layer waits for a thread that other programs have pushed aside.
+        return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
 
 def find_host(which: str) -> Host:
