@@ -53,8 +53,9 @@ def finetune(folder: str, preset: Preset, steps: int, learning_rate: float, teac
              images: Tensor | None, image_vae, cv_vae, node_id: str | None) -> tuple[NativeVAE, dict, str, Tensor]:
     """Train; returns the VAE, its losses as a LOSS_MAP, the run's name and the plot."""
     out = inside(runs_folder(), run, "run")
-    # Nodes run in inference mode: what is trained must not come from there.
-    with torch.inference_mode(False), torch.enable_grad():
+    # Nodes run in inference mode: what is trained must not come from there.  The trainer seeds torch, and the host draws
+    # from it too.
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         begun = bool(Checkpoints(out / "checkpoints", 1).files())
         if begun and not resume:
             raise ConfigError(f"There is a run {run!r} already, in {out}. Switch resume on to go on with it, or choose "

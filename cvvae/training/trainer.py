@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from .. import checkpoint
 from ..config import Config
+from ..frames import TIME_FACTOR
 from ..inflate import inflate
 from ..model import Downsample, ResnetBlock, SpatialAttention, TemporalAttention, Upsample
 from ..vae import Autoencoder, ImageVAE
@@ -149,13 +150,16 @@ class Trainer:
             signal.signal(number, self.stop)
 
     def preview(self) -> Tensor | None:
-        """What the first held-out clip looks like now, [H, W, 3] uint8, source and reconstructions side by side."""
+        """What the first held-out clip looks like now, [H, W, 3] uint8, source and reconstructions side by side.
+
+        Of its last group of four the first frame: the one that an inflated model, which holds the last, has to learn.
+        """
         clips = self.data.validation()[:1]
         if not clips:
             return None
         with self.ema.applied_to(self.student):
             pictures = evaluate_clip(self.student, self.teacher, clips[0][1].to(self.device)).pictures
-        return torch.from_numpy(list(side_by_side(pictures))[-1])
+        return torch.from_numpy(list(side_by_side(pictures))[-TIME_FACTOR:][0])
 
     # -- a step --------------------------------------------------------------------------------------
 

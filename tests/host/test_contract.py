@@ -1,19 +1,25 @@
-"""Every check of contract.py as a test, on the newest and on the oldest supported ComfyUI."""
+"""Every check of the contract scripts as a test, on the newest and on the oldest supported ComfyUI."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from host_checks import names_of_checks, run_checks
 
-SCRIPT = Path(__file__).with_name("contract.py")
+FOLDER = Path(__file__).parent
+SCRIPTS = ("contract", "contract_training", "contract_latents")
+CHECKS = [(script, name) for script in SCRIPTS for name in names_of_checks(FOLDER / f"{script}.py")]
 
 
 @pytest.fixture(scope="session")
-def results(host, tmp_path_factory) -> dict[str, dict]:
-    return run_checks(SCRIPT, host, tmp_path_factory.mktemp("contract"))
+def results(host, tmp_path_factory) -> Callable[[str], dict[str, dict]]:
+    """What the checks of a script found; all of them run, in one process of the host, when the first is asked for."""
+    return cache(lambda script: run_checks(FOLDER / f"{script}.py", host, tmp_path_factory.mktemp(script)))
 
 
-@pytest.mark.parametrize("name", names_of_checks(SCRIPT))
-def test_contract(results, name):
-    assert name in results, f"not reached; the last check was {list(results)[-1]}"
-    assert results[name]["ok"], results[name]["detail"]
+@pytest.mark.parametrize("script, name", CHECKS)
+def test_contract(results, script, name):
+    found = results(script)
+    assert name in found, f"not reached; the last check was {list(found)[-1]}"
+    assert found[name]["ok"], found[name]["detail"]
