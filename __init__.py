@@ -3,6 +3,8 @@
 Nothing is imported before that call, so test runners and tools may import this file without ComfyUI.
 """
 
+WEB_DIRECTORY = "./web"  # the help pages
+
 
 async def comfy_entrypoint():
     from .nodes import CVVAEExtension

@@ -15,6 +15,7 @@ from ..cvvae.tiling import QUALITY, Tiling
 from .host import NativeVAE, weights_of
 
 CATEGORY = "CV-VAE"
+TRAINING_CATEGORY = f"{CATEGORY}/training"
 VIDEO, IMAGES = "video clip", "independent images"
 MODES = {VIDEO: "video", IMAGES: "image"}
 AS_SET, SMOOTH = "as set", "quality"

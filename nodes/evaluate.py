@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from .. import cvvae
-from .common import CATEGORY, as_image, image_vae_input, image_vae_of, require_cv_vae, teacher_input
+from .common import TRAINING_CATEGORY, as_image, image_vae_input, image_vae_of, require_cv_vae, teacher_input
 from .host import NativeVAE, all_memory, check_cancelled, training_device, weights_of
 
 NONE = "none"
@@ -18,7 +18,7 @@ class CVVAEEvaluate(io.ComfyNode):
         return io.Schema(
             node_id="CVVAEEvaluate",
             display_name="Evaluate CV-VAE",
-            category=CATEGORY,
+            category=TRAINING_CATEGORY,
             description="Measures what a CV-VAE does to a clip, and how well its latents suit the image VAE whose latent "
                         "space it shares. Computes in fp32. Use a clip it was not trained on.",
             search_aliases=["cvvae", "psnr", "ssim", "vae quality"],
@@ -29,7 +29,8 @@ class CVVAEEvaluate(io.ComfyNode):
                               "reconstruction only.", NONE),
                 io.Int.Input("frames", default=33, min=0, max=4096,
                              tooltip="How many frames are used, from the first; 0: all. Lower it to be done sooner."),
-                io.String.Input("title", default="CV-VAE", tooltip="Heads the report and the contact sheet."),
+                io.String.Input("title", default="CV-VAE",
+                                tooltip="Heads the report and the contact sheet. Change it to tell several apart."),
                 image_vae_input(),
             ],
             outputs=[io.String.Output(display_name="report"), io.Image.Output(display_name="contact_sheet")],

@@ -22,7 +22,10 @@ class CVVAEExample(io.ComfyNode):
             category=CATEGORY,
             description="Short clips and a picture to try CV-VAE with. Replace this node by Load Video with Get Video "
                         "Components, or by Load Image, to use your own.",
-            inputs=[io.Combo.Input("media", options=list(FILES), tooltip="Which file of workflows/media to load.")],
+            search_aliases=["cvvae", "sample video", "demo clip", "test image"],
+            inputs=[io.Combo.Input("media", options=list(FILES),
+                                   tooltip="Which clip or picture to load. Change it to see other motion: the flower "
+                                           "opens slowly, the bee moves fast.")],
             outputs=[io.Image.Output(display_name="images"), io.Float.Output(display_name="fps")],
         )
 

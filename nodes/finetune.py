@@ -2,7 +2,7 @@
 
 from comfy_api.v0_0_2 import io
 
-from .common import CATEGORY, image_vae_input, teacher_input
+from .common import TRAINING_CATEGORY, image_vae_input, teacher_input
 from .presets import DEMONSTRATION, PRESETS
 
 
@@ -12,7 +12,7 @@ class CVVAEFinetune(io.ComfyNode):
         return io.Schema(
             node_id="CVVAEFinetune",
             display_name="Finetune CV-VAE",
-            category=CATEGORY,
+            category=TRAINING_CATEGORY,
             description="Trains a CV-VAE on your clips so that an image VAE's models understand its latents. Cancel keeps "
                         "what was trained; the next run goes on from there. Everything is kept in ComfyUI's output folder, "
                         "in cv-vae, in a folder with the run's name.",

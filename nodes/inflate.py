@@ -4,7 +4,7 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from .. import cvvae
-from .common import CATEGORY, MODES, VIDEO, image_vae_input, image_vae_of, teacher_input
+from .common import MODES, TRAINING_CATEGORY, VIDEO, image_vae_input, image_vae_of, teacher_input
 from .host import load_native
 
 
@@ -14,7 +14,7 @@ class CVVAEInflate(io.ComfyNode):
         return io.Schema(
             node_id="CVVAEInflate",
             display_name="Inflate to CV-VAE",
-            category=CATEGORY,
+            category=TRAINING_CATEGORY,
             description="Makes a CV-VAE of an image VAE. Single frames come out as the image VAE makes them; motion is "
                         "blurred or held until Finetune CV-VAE has trained it. Computes in fp32.",
             search_aliases=["cvvae", "video vae from image vae"],

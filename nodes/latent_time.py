@@ -64,7 +64,8 @@ class CVVAETrimLatents(io.ComfyNode):
                 io.Int.Input("fade", default=8, min=4, max=4096, step=4,
                              tooltip=f"Frames over which the end fades into the start, for '{SEAMLESS}' only. Raise it when "
                                      "you see the loop close."),
-                io.Int.Input("repeat", default=1, min=1, max=1000, tooltip="How many times to play it."),
+                io.Int.Input("repeat", default=1, min=1, max=1000,
+                             tooltip="How many times to play it. Raise it to show a loop several times in one file."),
                 vae_input("Connect it when a cut stutters at its first frames, or to turn around cleanly: backward, each "
                           "latent's four frames still run forward. Frames are then decoded and encoded again where that "
                           "is needed, which costs some sharpness."),

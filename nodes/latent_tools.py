@@ -28,7 +28,7 @@ class CVVAELatentLayout(io.ComfyNode):
                         "do not.",
             search_aliases=["cvvae", "latent to batch", "latent to video", "4d 5d latent", "reshape latent", "split clips"],
             inputs=[
-                io.Latent.Input("samples", tooltip="Latents in any of these layouts."),
+                io.Latent.Input("samples", tooltip="Latents in any of these layouts; which one is seen by their shape."),
                 io.Combo.Input("layout", options=[FRAMES_AS_BATCH, CLIP, INDEPENDENT], default=FRAMES_AS_BATCH,
                                tooltip="Frames as batch for the samplers of SD 1.5, AnimateDiff and SVD; a clip for nodes "
                                        "that want time as an axis of its own; independent images to have each latent "
@@ -133,7 +133,7 @@ class CVVAENormalizeLatents(io.ComfyNode):
                                        "out with a reference of one latent, and copies those of a reference as long "
                                        "as the clip."),
                 io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.05,
-                               tooltip="0 changes nothing, 1 goes all the way."),
+                               tooltip="0 changes nothing, 1 goes all the way. Lower it when the result looks forced."),
             ],
             outputs=[io.Latent.Output()],
         )
@@ -157,14 +157,17 @@ class CVVAEEmptyLatents(io.ComfyNode):
                         "node shows both.",
             search_aliases=["cvvae", "empty latent video", "new latent", "blank latent"],
             inputs=[
-                io.Int.Input("width", default=512, min=8, max=16384, step=8, tooltip="Of the frames, in pixels."),
-                io.Int.Input("height", default=512, min=8, max=16384, step=8, tooltip="Of the frames, in pixels."),
+                io.Int.Input("width", default=512, min=8, max=16384, step=8,
+                             tooltip="Width of the frames in pixels. Set it to what the model that samples was made for."),
+                io.Int.Input("height", default=512, min=8, max=16384, step=8,
+                             tooltip="Height of the frames in pixels. Set it to what the model that samples was made for."),
                 io.Int.Input("frames", default=61, min=1, max=65536,
                              tooltip="Length in frames. 1 + 4n fill their latents; of other lengths CV-VAE Decode leaves "
                                      "out the rest. 61 are the 16 latents that AnimateDiff was made for, 53 and 97 the 14 "
                                      "and 25 of SVD."),
                 io.Combo.Input("channels", options=list(CHANNELS), default=next(iter(CHANNELS)),
-                               tooltip="Of the model that samples."),
+                               tooltip="Channels of the latents: those of the model that samples. Change it for SD 3 and "
+                                       "SD 3.5."),
                 io.Combo.Input("layout", options=[FRAMES_AS_BATCH, CLIP], default=FRAMES_AS_BATCH,
                                tooltip="Keep frames as batch for SD 1.5, AnimateDiff and SVD: their samplers take no other "
                                        "form. Change it for nodes that want time as an axis of its own."),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
-from .common import CATEGORY, as_image, inside, runs_folder
+from .common import TRAINING_CATEGORY, as_image, inside, runs_folder
 
 
 class CVVAELossPlot(io.ComfyNode):
@@ -13,7 +13,7 @@ class CVVAELossPlot(io.ComfyNode):
         return io.Schema(
             node_id="CVVAELossPlot",
             display_name="CV-VAE Loss Plot",
-            category=CATEGORY,
+            category=TRAINING_CATEGORY,
             description="Draws the losses of a finetune, and its scores on held-out clips where it has some.",
             search_aliases=["cvvae", "training chart", "plot loss"],
             inputs=[

@@ -15,12 +15,14 @@ NODES = {
     "CVVAEEncode": (["pixels", "vae", "mode", "layout", "window", "tile", "overlap", "memory", "pieces"], ["LATENT"]),
     "CVVAEDecode": (["samples", "vae", "mode", "frames", "window", "tile", "overlap", "memory", "pieces"], ["IMAGE"]),
     "CVVAEExample": (["media"], ["IMAGE", "FLOAT"]),
+    "CVVAESave": (["vae", "name", "dtype", "description"], []),
+}
+TRAINING_NODES = {
     "CVVAEInflate": (["teacher", "image_vae"], ["VAE"]),
     "CVVAEFinetune": (["folder", "preset", "steps", "learning_rate", "teacher", "run", "resume", "seed", "images",
                        "image_vae", "cv_vae"], ["VAE", "LOSS_MAP", "STRING", "IMAGE"]),
     "CVVAELossPlot": (["run"], ["IMAGE"]),
     "CVVAEEvaluate": (["vae", "images", "teacher", "frames", "title", "image_vae"], ["STRING", "IMAGE"]),
-    "CVVAESave": (["vae", "name", "dtype", "description"], []),
 }
 LATENT_NODES = {
     "CVVAEInterpolateLatents": (["keyframes", "frames", "positions", "curve", "easing", "loop", "batch_is"],
@@ -34,6 +36,7 @@ LATENT_NODES = {
     "CVVAENormalizeLatents": (["samples", "over", "strength", "reference"], ["LATENT"]),
     "CVVAEEmptyLatents": (["width", "height", "frames", "channels", "layout"], ["LATENT", "INT"]),
 }
+CATEGORIES = {"CV-VAE": NODES, "CV-VAE/training": TRAINING_NODES, "CV-VAE/latent": LATENT_NODES}
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN", "COMFY_DYNAMICCOMBO_V3")
 
 
@@ -74,13 +77,13 @@ def saved_by(files: dict, workflow: dict, title: str):
     return path
 
 
-@pytest.mark.parametrize("node_id", NODES | LATENT_NODES)
-def test_object_info(server, node_id):
+@pytest.mark.parametrize("category, node_id", [(category, name) for category, nodes in CATEGORIES.items() for name in nodes])
+def test_object_info(server, category, node_id):
     info = server.get(f"/object_info/{node_id}")[node_id]
-    inputs, outputs = (NODES | LATENT_NODES)[node_id]
+    inputs, outputs = CATEGORIES[category][node_id]
     assert [name for kind in ("required", "optional") for name in info["input_order"].get(kind, [])] == inputs
     assert info["output"] == outputs
-    assert info["category"] == ("CV-VAE" if node_id in NODES else "CV-VAE/latent")
+    assert info["category"] == category
     assert "CV-VAE" in info["display_name"] and info["description"]
     for kind in ("required", "optional"):
         for name, spec in info["input"].get(kind, {}).items():
