@@ -1,4 +1,4 @@
-"""The command line: reconstruct, encode, decode, info, inflate, prepare, train, evaluate."""
+"""The command line: reconstruct, encode, decode, info, inflate, prepare, train, evaluate, encode-dataset."""
 
 import argparse
 import json
@@ -73,6 +73,46 @@ def _decode(options) -> None:
     with _Bar(None) as bar:
         decode_file(vae, clip, options.output, options.audio_from, bar.step)
     print(f"{options.output}: {len(clip.times)} frames of {clip.width}x{clip.height}")
+
+
+def _encode_dataset(options) -> None:
+    from .dataset import Progress, Settings, encode_dataset
+    from .training.distributed import torchrun_group
+
+    group = torchrun_group()
+    part, parts = options.part or (group.rank, group.world)
+    if options.device == "auto" and torch.cuda.is_available():
+        options.device = f"cuda:{group.local_rank % torch.cuda.device_count()}"
+    vae = _load_vae(options)
+    settings = Settings(options.frames, options.stride, *options.size, options.latent_dtype, options.files_per_shard)
+    with tqdm(unit="clip", dynamic_ncols=True) as bar:
+        def report(progress: Progress) -> None:
+            bar.set_postfix_str(f"{progress.frames / progress.seconds:.1f} frames/s")
+            bar.update()
+
+        done = encode_dataset(vae, options.sources, options.to, settings, part, parts, report)
+    print(f"{options.to}: {done.shards} shards, {done.clips} clips, {done.frames} frames by part {part} of {parts}")
+    if done.frames:
+        print(f"  {done.frames / done.seconds:.1f} frames/s; reading and resizing alone, beside it, "
+              f"{done.frames / done.decoding:.1f} frames/s")
+    if done.left_over:
+        print(f"  {done.left_over} frames at the ends of videos were too few for a clip")
+    for source, reason in done.skipped.items():
+        print(f"  passed over: {source}: {reason}")
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not PART/PARTS, for example 0/4 (the first of four)")
+    return int(part), int(parts)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, times, height = text.partition("x")
+    if not (times and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, for example 1024x576")
+    return int(height), int(width)
 
 
 def _info(options) -> None:
@@ -327,6 +367,21 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("decode", _decode, "Decode such latents into a video.")
     sub.add_argument("input"), sub.add_argument("output")
     sub.add_argument("--audio-from", metavar="VIDEO", help="copy the sound of this file")
+    model_option(sub)
+    sub = command("encode-dataset", _encode_dataset, "Encode a set of videos into shards of latents, to train samplers on. "
+                  "Run it as often, and in as many processes, as you like: each makes what is missing of its part.")
+    sub.add_argument("sources", nargs="+", help="videos, pictures, folders, .csv manifests, .tar shards")
+    sub.add_argument("--to", required=True, metavar="FOLDER", help="where shards, plan.json and manifest.csv go")
+    sub.add_argument("--frames", type=_at_least(0), default=0, metavar="N",
+                     help="cut videos into clips of N frames, 1 + 4n (97 gives SVD's 25 latents); 0: whole videos (default)")
+    sub.add_argument("--stride", type=_at_least(1), default=1, metavar="N", help="take every N-th frame (default: 1)")
+    sub.add_argument("--size", type=_size, default=(0, 0), metavar="WIDTHxHEIGHT",
+                     help="resize to cover it and cut out the middle; multiples of 8 (default: as they are)")
+    sub.add_argument("--latent-dtype", default="float16", choices=("float16", "bfloat16", "float32"),
+                     help="of the stored latents (default: %(default)s)")
+    sub.add_argument("--files-per-shard", type=_at_least(1), default=16, metavar="N", help="(default: %(default)s)")
+    sub.add_argument("--part", type=_part, metavar="PART/PARTS",
+                     help="this process's share, from 0/PARTS on (default: torchrun's rank, else all of it)")
     model_option(sub)
     sub = command("info", _info, "Say what a model file is.", model=False)
     sub.add_argument("model")

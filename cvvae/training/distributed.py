@@ -54,14 +54,19 @@ class Group:
             dist.destroy_process_group()
 
 
+def torchrun_group() -> Group:
+    """What torchrun's environment says of this process; one alone where there is none.  Joins nothing."""
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        return Group()
+    return Group(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def join_group(device: str) -> Group:
-    """The group torchrun's environment describes; one process where there is none.
+    """The group torchrun's environment describes, joined.
 
     device: "cuda" has processes talk through NCCL, each on the GPU of its local rank; any other, through Gloo.
     """
-    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-        return Group()
-    group = Group(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
+    group = torchrun_group()
     if group.world == 1:
         return Group()
     if device == "cuda":

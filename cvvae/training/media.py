@@ -121,7 +121,7 @@ def _expand(source: Path) -> Iterator[Media]:
         for path in media_paths(source):
             yield from _expand(path)
     elif not source.is_file():
-        raise FileNotFoundError(f"data.sources: no such file or folder: {source}.")
+        raise FileNotFoundError(f"No such file or folder: {source}.")
     elif source.suffix.lower() == ".csv":
         yield from _manifest(source)
     elif source.suffix.lower() == ".tar":
@@ -129,7 +129,7 @@ def _expand(source: Path) -> Iterator[Media]:
     elif source.suffix.lower() in VIDEOS + PICTURES:
         yield Media(source.stem, source)
     else:
-        raise ValueError(f"data.sources: {source} is neither a video nor a picture; expected one of "
+        raise ValueError(f"{source} is neither a video nor a picture; expected one of "
                          f"{', '.join(VIDEOS + PICTURES)}, a .csv manifest or a .tar shard.")
 
 
