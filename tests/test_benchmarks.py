@@ -13,6 +13,7 @@ import ablation
 import cases
 import fresh
 import growth
+import interpolation
 import long_clips
 import machine
 import memory
@@ -346,3 +347,27 @@ class TestReference:
         x = case.input()
         official = case.run(reference.reference(path, variant, widths), x)
         assert reference.distance(case.run(reference.ours(variant, widths), x), official) < 1e-4
+
+
+class TestInterpolation:
+    def test_ways_without_a_model(self):
+        keyframes = torch.tensor([0.0, 4.0, 8.0]).view(1, 1, 3, 1, 1)
+        assert interpolation.repeated(keyframes).flatten().tolist() == [0, 0, 0, 4, 4, 4, 4, 8, 8]
+        assert interpolation.blended(keyframes).flatten().tolist() == list(range(9))
+
+    def test_only_held_out_frames_count(self):
+        clip = torch.zeros(1, 3, 5, 8, 8)
+        guess = clip.clone()
+        guess[:, :, [0, 4]] = 1
+        assert interpolation.held_out_psnr(guess, clip) > 90
+        guess[:, :, 2] = 1
+        assert interpolation.held_out_psnr(guess, clip) < 12
+
+    def test_a_run(self, tmp_path):
+        interpolation.main(["--clips", str(MEDIA), "--frames", "5", "--strides", "1", "--size", "32", "--device", "cpu",
+                            "--out", str(tmp_path)])
+        measurements = json.loads((tmp_path / "interpolation.json").read_text())["measurements"]
+        assert {m["clip"] for m in measurements} == {path.stem for path in MEDIA.glob("*.mp4")}
+        ways = [*interpolation.PIXELS, interpolation.BASE, "decoded in video mode, tiny", interpolation.BEST]
+        assert all(list(m["psnr_db"]) == ways and 10 < min(m["psnr_db"].values()) for m in measurements)
+        assert (tmp_path / "interpolation.png").stat().st_size
