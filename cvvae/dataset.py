@@ -14,56 +14,24 @@ import csv
 import hashlib
 import json
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
-from fractions import Fraction
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import write_whole
+from .dataset_clips import END, DatasetError, Failure, Progress, Settings, ahead, read_clips
 from .training.media import Media, find_media
 from .vae import VideoVAE
-from .video import VideoError, to_clip
+from .video import to_clip
 
-AHEAD = 2  # parts of clips decoded before they are asked for
-PART = 16  # frames read at a time where a whole video is one clip
-CAPTION = ".txt"  # beside a video, with its name
-
-
-class DatasetError(ValueError):
-    """A folder of latents that does not fit what is asked of it."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How videos become clips, and clips files.  ``frames`` 0 encodes each video as one clip, however long."""
-
-    frames: int = 0  # 1 + 4n; what is left at a video's end is counted, not encoded
-    stride: int = 1  # frames are taken this far apart
-    height: int = 0  # resized to cover height x width, then cropped in the middle; 0 keeps the size
-    width: int = 0
-    dtype: str = "float16"  # of the stored latents
-    files_per_shard: int = 16
-
-    def __post_init__(self):
-        if self.frames < 0 or self.frames and self.frames % 4 != 1:
-            raise DatasetError(f"frames is {self.frames}; expected 1 + 4n, or 0 for whole videos.")
-        if self.stride < 1 or self.files_per_shard < 1:
-            raise DatasetError(f"stride is {self.stride}, files_per_shard {self.files_per_shard}; expected 1 or more.")
-        if bool(self.height) != bool(self.width) or self.height % 8 or self.width % 8 or min(self.height, self.width) < 0:
-            raise DatasetError(f"The size is {self.height} x {self.width}; expected multiples of 8, or 0 x 0 to keep sizes.")
-        if self.dtype not in ("float16", "bfloat16", "float32"):
-            raise DatasetError(f"dtype is {self.dtype!r}; expected float16, bfloat16 or float32.")
+__all__ = ["DatasetError", "LatentDataset", "Progress", "Sample", "Settings", "encode_dataset", "weights_hash"]
 
 
 @dataclass(frozen=True)
@@ -80,19 +48,6 @@ class Sample:
     height: int
     width: int
     caption: str = ""
-
-
-@dataclass
-class Progress:
-    """What a process did.  ``decoding``: seconds that the reading thread worked, beside the model."""
-
-    shards: int = 0
-    clips: int = 0
-    frames: int = 0
-    left_over: int = 0  # frames at ends of videos, fewer than Settings.frames
-    seconds: float = 0.0
-    decoding: float = 0.0
-    skipped: dict[str, str] = field(default_factory=dict)  # source -> reason
 
 
 def encode_dataset(vae: VideoVAE, sources: Sequence[str], folder: str | os.PathLike, settings: Settings,
@@ -130,13 +85,21 @@ def encode_dataset(vae: VideoVAE, sources: Sequence[str], folder: str | os.PathL
     return progress
 
 
+class _Broken(Exception):
+    """A file broke off in the middle of a clip."""
+
+    def __init__(self, failure: Failure):
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
 def _write_shard(vae, group, k, folder, settings, progress, started, report, check) -> None:
     tensors: dict[str, Tensor] = {}
     samples: list[Sample] = []
     failures: dict[str, str] = {}
-    with closing(_ahead(_read(group, settings, progress), progress)) as events:
+    with closing(ahead(read_clips(group, settings, progress), progress)) as events:
         for event in events:
-            if isinstance(event, _Failure):
+            if isinstance(event, Failure):
                 failures[event.source] = event.reason
                 continue
             frames = 0
@@ -144,9 +107,9 @@ def _write_shard(vae, group, k, folder, settings, progress, started, report, che
             def parts(events=events) -> Iterator[Tensor]:
                 nonlocal frames
                 for event in events:
-                    if isinstance(event, _Failure):
+                    if isinstance(event, Failure):
                         raise _Broken(event)
-                    if event is _END:
+                    if event is END:
                         return
                     frames += len(event)
                     yield to_clip(event)
@@ -170,145 +133,6 @@ def _write_shard(vae, group, k, folder, settings, progress, started, report, che
     write_whole(folder / _name(k), lambda partial: save_file(tensors, partial, facts))
     progress.shards += 1
     progress.skipped |= failures
-
-
-# -- reading, in a thread of its own -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Begin:
-    """A clip begins: the ``piece``-th of the file that has ``number`` in its shard.  Parts of frames and _END follow."""
-
-    number: int
-    media: Media
-    piece: int
-    start: int
-    fps: Fraction
-    height: int
-    width: int
-    caption: str
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A file that cannot be read any further; the clip that has begun is given up."""
-
-    source: str
-    reason: str
-
-
-class _Broken(Exception):
-    def __init__(self, failure: _Failure):
-        super().__init__(failure.reason)
-        self.failure = failure
-
-
-_END = object()
-
-
-def _read(group: list[Media], settings: Settings, progress: Progress) -> Iterator:
-    """What :func:`_write_shard` takes in: for each clip _Begin, parts uint8 [n, H, W, 3] and _END."""
-    for number, media in enumerate(group):
-        try:
-            yield from _read_file(media, number, settings, progress)
-        except (VideoError, OSError) as error:
-            yield _Failure(str(media), str(error))
-
-
-def _read_file(media: Media, number: int, settings: Settings, progress: Progress) -> Iterator:
-    fps = media.probe().fps / settings.stride if media.is_video else Fraction(1)
-    caption = _caption(media)
-    whole = settings.frames == 0 or not media.is_video
-    held: list[np.ndarray] = []
-    piece = read = 0
-    shape = None
-    for frame in media.frames(step=settings.stride):
-        place = f"{media}, frame {read * settings.stride}"
-        shape = shape or frame.pixels.shape
-        if frame.damaged:
-            raise VideoError(f"{place}: the file is damaged there.")
-        if frame.pixels.shape != shape:
-            raise VideoError(f"{place}: the picture size changes there.")
-        held.append(_resized(frame.pixels, settings))
-        if read == 0 and whole or not whole and len(held) == settings.frames:
-            start = (read + 1 - len(held)) * settings.stride
-            yield _Begin(number, media, piece, start, fps, *held[0].shape[:2], caption)
-        read += 1
-        if len(held) == (PART if whole else settings.frames):
-            yield np.stack(held)
-            held = []
-            if not whole:
-                yield _END
-                piece += 1
-    if not read:
-        raise VideoError(f"{media} holds no frame that can be decoded.")
-    if whole:
-        if held:
-            yield np.stack(held)
-        yield _END
-        return
-    progress.left_over += len(held)
-    if not piece:
-        raise VideoError(f"{media} has {len(held)} frames at stride {settings.stride}; a clip takes {settings.frames}.")
-
-
-def _resized(pixels: np.ndarray, settings: Settings) -> np.ndarray:
-    """uint8 [H, W, 3] -> the middle of it, scaled to cover the settings' size."""
-    height, width = settings.height, settings.width
-    if not height or pixels.shape[:2] == (height, width):
-        return pixels
-    scale = max(height / pixels.shape[0], width / pixels.shape[1])
-    sides = max(height, round(pixels.shape[0] * scale)), max(width, round(pixels.shape[1] * scale))
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    image = F.interpolate(image, sides, mode="bilinear", antialias=True)[0]
-    top, left = (sides[0] - height) // 2, (sides[1] - width) // 2
-    return image[:, top:top + height, left:left + width].permute(1, 2, 0).numpy()
-
-
-def _caption(media: Media) -> str:
-    """The text beside a file, in a ``.txt`` with its name; empty without one."""
-    path = media.path.with_suffix(CAPTION)
-    return path.read_text(encoding="utf-8").strip() if not media.member and path.is_file() else ""
-
-
-def _ahead(events: Iterator, progress: Progress) -> Iterator:
-    """``events``, read ahead by a thread; closing the iterator ends it."""
-    ready: queue.Queue = queue.Queue(AHEAD)
-    closed = threading.Event()
-
-    def put(item) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def read() -> None:
-        try:
-            while True:
-                began = time.monotonic()
-                event = next(events, _DONE)
-                progress.decoding += time.monotonic() - began
-                if not put(event) or event is _DONE:
-                    return
-        except BaseException as error:  # handed to the thread that can tell the user
-            put(error)
-
-    thread = threading.Thread(target=read, name="frames", daemon=True)
-    thread.start()
-    try:
-        while (event := ready.get()) is not _DONE:
-            if isinstance(event, BaseException):
-                raise event
-            yield event
-    finally:
-        closed.set()
-        thread.join()
-
-
-_DONE = object()
 
 
 # -- plan and manifest -------------------------------------------------------------------------------

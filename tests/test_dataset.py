@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cvvae
-from cvvae import checkpoint, dataset
+from cvvae import checkpoint, dataset, dataset_clips
 from cvvae.cli import main
 from cvvae.dataset import DatasetError, LatentDataset, Settings, encode_dataset
 from cvvae.video import read_frames, to_clip
@@ -91,7 +91,7 @@ class TestContent:
     def test_the_middle_is_kept(self):
         pixels = torch.zeros(20, 60, 3, dtype=torch.uint8).numpy()
         pixels[:, 20:40] = 200
-        middle = dataset._resized(pixels, Settings(height=16, width=16))
+        middle = dataset_clips._resized(pixels, Settings(height=16, width=16))
         assert middle.shape == (16, 16, 3) and (middle[:, 1:-1] == 200).all()
 
     def test_manifest(self, vae, videos, tmp_path):
@@ -115,11 +115,12 @@ class TestFilesThatCannotBeUsed:
         cut = (videos / "a.mp4").read_bytes()
         (tmp_path / "cut.mp4").write_bytes(cut[:len(cut) // 2])
         shutil.copy(videos / "c.mp4", tmp_path / "short.mp4")
+        drawn.write_video(tmp_path / "flat.mp4", 6, 4, 64)
         done = encode_dataset(vae, [str(tmp_path)], tmp_path / "latents", FIVE)
         sources = {sample.source for sample in LatentDataset(tmp_path / "latents").samples}
         assert sources == {str(tmp_path / "b.mp4")}
         names = {os.path.basename(source) for source in done.skipped}
-        assert names == {"broken.mp4", "cut.mp4", "short.mp4"}
+        assert names == {"broken.mp4", "cut.mp4", "flat.mp4", "short.mp4"}
         assert "4 frames" in done.skipped[str(tmp_path / "short.mp4")]
         with open(tmp_path / "latents" / "skipped.csv", newline="") as file:
             assert {row["source"]: row["reason"] for row in csv.DictReader(file)} == done.skipped
@@ -131,7 +132,7 @@ class TestFilesThatCannotBeUsed:
                     raise cvvae.video.VideoError("breaks off")
                 yield frame
 
-        monkeypatch.setattr(dataset.Media, "frames", frames)
+        monkeypatch.setattr(dataset_clips.Media, "frames", frames)
         done = encode_dataset(vae, [str(videos / "a.mp4"), str(videos / "b.mp4")], tmp_path, Settings())
         assert done.skipped == {str(videos / "a.mp4"): "breaks off"}
         assert [sample.source for sample in LatentDataset(tmp_path).samples] == [str(videos / "b.mp4")]
