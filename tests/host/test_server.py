@@ -35,6 +35,7 @@ LATENT_NODES = {
     "CVVAELatentStatistics": (["samples"], ["STRING", "IMAGE"]),
     "CVVAENormalizeLatents": (["samples", "over", "strength", "reference"], ["LATENT"]),
     "CVVAEEmptyLatents": (["width", "height", "frames", "channels", "layout"], ["LATENT", "INT"]),
+    "CVVAEFrameCalculator": (["start_from", "amount", "fps", "batch_is"], ["INT", "INT", "FLOAT", "INT", "FLOAT"]),
 }
 CATEGORIES = {"CV-VAE": NODES, "CV-VAE/training": TRAINING_NODES, "CV-VAE/latent": LATENT_NODES}
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN", "COMFY_DYNAMICCOMBO_V3")
