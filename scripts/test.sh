@@ -4,4 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 .venv/bin/python -m ruff check .
-.venv/bin/python -m pytest -q --durations=10 "$@"
+# Two processes of one thread each: the tests' tensors are too small for two threads to be of use.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+.venv/bin/python -m pytest -q --durations=10 -n 2 --dist loadfile "$@"
