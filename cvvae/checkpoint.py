@@ -7,6 +7,7 @@ Pickles are read by ``torch.load(weights_only=True)`` only, so nothing in them i
 import json
 import os
 import pickle
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -21,7 +22,13 @@ from .vae import Autoencoder, ImageVAE, VideoVAE
 
 BUILT_IN = Path(__file__).parent / "weights"
 PREFIXES = ("first_stage_model.", "vae.")
-PUBLISHED = "https://huggingface.co/AILab-CVC/CV-VAE (folders vae3d, vae3d_v1-1 and vae3d_sd3)"
+PUBLISHED = ("https://huggingface.co/AILab-CVC/CV-VAE, or the node Download CV-VAE, or "
+             "`python -m cvvae download vae3d_v1-1` (or vae3d, vae3d_sd3)")
+DAMAGED = "damaged"
+# As the headers of safetensors name them.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 SAFETENSORS, PICKLES = (".safetensors", ".sft"), (".ckpt", ".pt", ".pth", ".bin")
 # Beside the autoencoder, the official .ckpt holds what only its training needs.
 TRAINING_ONLY = ("loss.", "discriminator.", "constraint_encoder.", "constraint_decoder.", "model_ema.")
@@ -30,7 +37,11 @@ Source = str | os.PathLike | State
 
 
 class CheckpointError(ValueError):
-    """A file or state dict that is not what was asked for."""
+    """A file or state dict that is not what was asked for.  kind: what it is instead, in a word or two."""
+
+    def __init__(self, message: str, kind: str = "not a CV-VAE"):
+        super().__init__(message)
+        self.kind = kind
 
 
 def load(source: Source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", ops=nn) -> VideoVAE:
@@ -44,21 +55,24 @@ def load(source: Source, dtype: torch.dtype = torch.float32, device: str | torch
     Variant, widths and latent channels are read off the tensors.  Raises CheckpointError or
     FileNotFoundError.
     """
-    state, where = _read(source, {"tiny": BUILT_IN / "tiny.safetensors"})
-    state = _autoencoder_part(state)
-    _refuse_strangers(state, where)
-    if state["encoder.conv_in.weight"].ndim == 4:
-        raise CheckpointError(
-            f"{where} is an image VAE (its kernels are 2-D), not a CV-VAE. To make a video VAE of it, inflate it: "
-            "cvvae.inflate(cvvae.load_image_vae(...)) or `python -m cvvae inflate`. Published CV-VAE weights: " + PUBLISHED)
-    state = _with_3d_shortcuts(keys.canonical(state))
-    if "decoder.mid.attn_1.gamma_t" in state:
-        variant = "inflated"
-    elif "decoder.mid.attn_1.q_t.weight" in state:
-        variant = "v1"
-    else:
-        variant = "sd3"
-    return _build(VideoVAE, variant, state, where, dtype, device, ops)
+    state, config = _as_video_vae(*_read(source, {"tiny": BUILT_IN / "tiny.safetensors"}))
+    return _build(VideoVAE, config, state, dtype, device, ops)
+
+
+def refusal(path: str | os.PathLike) -> CheckpointError | None:
+    """Why :func:`load` would refuse a ``.safetensors``, judged by its header alone; None if it would not.
+
+    Takes milliseconds, whatever the size of the file.  Raises OSError if it cannot be read.
+    """
+    path = Path(path)
+    try:
+        _refuse_other_formats(path)
+        with _opened(path) as file:
+            state = {name: _described(file, name) for name in file.keys()}
+        _as_video_vae(state, str(path))
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def load_image_vae(source: Source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> ImageVAE:
@@ -71,10 +85,10 @@ def load_image_vae(source: Source, dtype: torch.dtype = torch.float32, device: s
     state = _autoencoder_part(state)
     _refuse_strangers(state, where)
     if state["encoder.conv_in.weight"].ndim == 5:
-        raise CheckpointError(f"{where} is a video VAE (its kernels are 3-D), not an image VAE. "
-                              "Load it with cvvae.load; an image VAE is, for example, SD's vae-ft-mse-840000.")
+        raise CheckpointError(f"{where} is a video VAE (its kernels are 3-D), not an image VAE. Load it with Load CV-VAE "
+                              "or cvvae.load; an image VAE is, for example, SD's vae-ft-mse-840000.", "video VAE")
     state = _fold_quant_convs(keys.canonical(state), where)
-    return _build(ImageVAE, "image", state, where, dtype, device, nn)
+    return _build(ImageVAE, _checked("image", state, where), state, dtype, device, nn)
 
 
 def save(vae: Autoencoder, path: str | os.PathLike, dtype: torch.dtype | None = None, metadata: dict | None = None) -> None:
@@ -173,20 +187,29 @@ def _refuse_other_formats(path: Path) -> None:
     with open(path, "rb") as file:
         head = file.read(512)
     if not head:
-        raise CheckpointError(f"{path} is empty; download it again.")
+        raise CheckpointError(f"{path} is empty; download it again.", DAMAGED)
     # A safetensors file starts with 8 bytes of header length, which may spell "<", and then "{".
     if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<" and head[8:9] != b"{":
         raise CheckpointError(f"{path} is a web page, not weights: the download fetched the site's page (a login or an "
-                              "error) instead of the file. Download it again with the site's download button.")
+                              "error) instead of the file. Download it again with the site's download button.", DAMAGED)
     if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not weights: run `git lfs pull` or download the file itself.")
+        raise CheckpointError(f"{path} is a Git LFS pointer, not weights: run `git lfs pull` or download the file itself.",
+                              DAMAGED)
 
 
 def _opened(path: Path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise CheckpointError(_explain_broken(path, error)) from None
+        raise CheckpointError(_explain_broken(path, error), DAMAGED) from None
+
+
+def _described(file, name: str) -> Tensor:
+    """The tensor ``name`` without its data, but for the one that is read as a number."""
+    if name.endswith("norm_groups"):
+        return file.get_tensor(name)
+    entry = file.get_slice(name)
+    return torch.empty(entry.get_shape(), dtype=DTYPES.get(entry.get_dtype(), torch.uint8), device="meta")
 
 
 def _explain_broken(path: Path, error: Exception) -> str:
@@ -246,18 +269,40 @@ def _autoencoder_part(state: State) -> State:
     return {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}
 
 
+def _as_video_vae(state: State, where: str) -> tuple[State, Config]:
+    """``state`` under canonical names, and the network it is for; raises CheckpointError if it is no CV-VAE."""
+    state = _autoencoder_part(state)
+    _refuse_strangers(state, where)
+    if state["encoder.conv_in.weight"].ndim == 4:
+        raise CheckpointError(
+            f"{where} is an image VAE (its kernels are 2-D), not a CV-VAE. To make a video VAE of it, inflate it: node "
+            "Inflate to CV-VAE, `python -m cvvae inflate` or cvvae.inflate(cvvae.load_image_vae(...)). As an image VAE it "
+            f"loads with ComfyUI's own Load VAE. Published CV-VAE weights: {PUBLISHED}.", "image VAE")
+    state = _with_3d_shortcuts(keys.canonical(state))
+    if "decoder.mid.attn_1.gamma_t" in state:
+        variant = "inflated"
+    elif "decoder.mid.attn_1.q_t.weight" in state:
+        variant = "v1"
+    else:
+        variant = "sd3"
+    return state, _checked(variant, state, where)
+
+
 def _refuse_strangers(state: State, where: str) -> None:
     """Recognise files that are no autoencoder of this kind at all."""
     if "encoder.conv_in.weight" in state and "decoder.conv_in.weight" in state:
         return
     if any(part in name for name in state for part in ("lora_up", "lora_down", "lora_A", "lora_B", ".lora.")):
-        raise CheckpointError(f"{where} is a LoRA, not a VAE. Load it with a LoRA loader node.")
+        raise CheckpointError(f"{where} is a LoRA, not a VAE. Move it to models/loras and load it with a LoRA loader node.",
+                              "LoRA")
     if any(name.startswith(("model.diffusion_model.", "double_blocks.", "transformer.")) for name in state):
-        raise CheckpointError(f"{where} is a diffusion model without a VAE inside. Expected the VAE's own file.")
+        raise CheckpointError(f"{where} is a diffusion model without a VAE inside. Expected the VAE's own file. Published "
+                              f"CV-VAE weights: {PUBLISHED}.", "diffusion model")
     if any(name.startswith(("encoder.", "decoder.")) for name in state):
         missing = [name for name in ("encoder.conv_in.weight", "decoder.conv_in.weight") if name not in state]
         raise CheckpointError(f"{where} misses {' and '.join(missing)}: it is incomplete or another kind of autoencoder. "
-                              "Expected a CV-VAE or an image VAE of the SD layout.")
+                              "Expected a CV-VAE or an image VAE of the SD layout; others load with ComfyUI's own Load VAE. "
+                              f"Published CV-VAE weights: {PUBLISHED}.", "another VAE")
     some = ", ".join(sorted(state)[:3]) or "nothing"
     raise CheckpointError(f"{where} holds no VAE of this kind: expected encoder.* and decoder.* tensors, found {some} ... "
                           f"Published CV-VAE weights: {PUBLISHED}.")
@@ -309,13 +354,23 @@ def _expect(fits: bool, where: str, name: str, found: Tensor, channels: int) -> 
 # -- building ----------------------------------------------------------------------------------------
 
 
-def _build(kind: type, variant: str, state: State, where: str, dtype, device, ops):
+def _checked(variant: str, state: State, where: str) -> Config:
+    """The network that ``state`` fits, tensor by tensor."""
     config = _read_config(variant, state, where)
     if config.norm_groups == Config.norm_groups:
         state.pop("norm_groups", None)  # a config.json may say it; the model stores only other numbers
+    _compare(state, _shapes(config), where)
+    return config
+
+
+@lru_cache(maxsize=16)
+def _shapes(config: Config) -> dict[str, torch.Size]:
+    """What a network holds, without its memory."""
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in Autoencoder(config).state_dict().items()}
-    _compare(state, expected, where)
+        return {name: tensor.shape for name, tensor in Autoencoder(config).state_dict().items()}
+
+
+def _build(kind: type, config: Config, state: State, dtype, device, ops):
     with torch.device(device):
         vae = kind(config, ops)
     vae.to(dtype)
@@ -326,12 +381,14 @@ def _build(kind: type, variant: str, state: State, where: str, dtype, device, op
 def _read_config(variant: str, state: State, where: str) -> Config:
     levels = {name.split(".")[2] for name in state if name.startswith("encoder.down.")}
     if levels != {str(i) for i in range(LEVELS)}:
-        raise CheckpointError(f"{where} has {len(levels)} resolution levels, expected {LEVELS} (8x8 compression).")
+        raise CheckpointError(f"{where} has {len(levels)} resolution levels, expected {LEVELS} (8x8 compression). It is "
+                              "another kind of VAE, which ComfyUI's own Load VAE may know.", "another VAE")
     blocks = len({name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")})
     first_convs = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(LEVELS)]
     missing = [name for name in first_convs if name not in state]
     if missing:
-        raise CheckpointError(f"{where} misses {', '.join(missing)}.")
+        raise CheckpointError(f"{where} misses {', '.join(missing)}: it is cut down or another kind of VAE. Download it "
+                              "again, or try ComfyUI's own Load VAE.")
     widths = tuple(state[name].shape[0] for name in first_convs)
     groups = int(state["norm_groups"]) if "norm_groups" in state else Config.norm_groups
     if any(width % groups for width in widths):

@@ -1,4 +1,4 @@
-"""The command line: reconstruct, encode, decode, info, inflate, prepare, train, evaluate, encode-dataset."""
+"""The command line: reconstruct, encode, decode, info, inflate, download, prepare, train, evaluate, encode-dataset."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from . import __version__, checkpoint
 from .checkpoint import BUILT_IN, load, load_image_vae, save
+from .download import PUBLISHED, download
 from .frames import latent_side, latents_of
 from .inflate import inflate
 from .tiling import QUALITY, Tiling, make_plan
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print("Stopped; nothing half-written was left behind.", file=sys.stderr)
+        print("Stopped; nothing half-written was left under its name.", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, FloatingPointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -130,6 +131,16 @@ def _inflate(options) -> None:
     save(inflate(image_vae), options.output, DTYPES[options.dtype],
          {"description": f"Video VAE inflated from {Path(options.image_vae).name}, not trained yet."})
     print(f"{options.output}: a video VAE that holds each latent for four frames until it is trained")
+
+
+def _download(options) -> None:
+    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        def show(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.update(0)
+
+        path = download(options.name, options.to, show)
+    print(f"{path}: {PUBLISHED[options.name].made_for}")
 
 
 def _prepare(options) -> None:
@@ -389,6 +400,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("image_vae", help="an SD-layout KL VAE (file or diffusers folder), or 'tiny'")
     sub.add_argument("output")
     sub.add_argument("--dtype", default="fp16", choices=DTYPES, help="of the stored weights (default: fp16)")
+    files = "; ".join(f"{name}: {entry.made_for} ({entry.size})" for name, entry in PUBLISHED.items())
+    sub = command("download", _download, "Fetch published weights from Hugging Face.", model=False)
+    sub.description += (f" There are: {files}. A download that was stopped goes on where it was; a whole file is not "
+                        "fetched again. Set HF_ENDPOINT to use a mirror.")
+    sub.add_argument("name", choices=PUBLISHED, metavar="NAME", help=", ".join(PUBLISHED))
+    sub.add_argument("--to", type=Path, default=Path(), metavar="FOLDER",
+                     help="for ComfyUI its models/vae (default: the current folder)")
     sub = command("prepare", _prepare, "Look through a folder of videos and pictures and write the manifest to train on.",
                   model=False)
     sub.description += (" Its columns say size, length, motion and cuts of each file. Weight 0 (never drawn) goes to what "

@@ -4,6 +4,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .calculator import CVVAEFrameCalculator
 from .decode import CVVAEDecode
+from .download import CVVAEDownload
 from .encode import CVVAEEncode
 from .evaluate import CVVAEEvaluate
 from .example import CVVAEExample
@@ -22,4 +23,4 @@ class CVVAEExtension(ComfyExtension):
         return [CVVAELoader, CVVAEEncode, CVVAEDecode, CVVAEExample, CVVAEInflate, CVVAEFinetune, CVVAELossPlot,
                 CVVAEEvaluate, CVVAESave, CVVAEInterpolateLatents, CVVAETrimLatents, CVVAEResampleLatents,
                 CVVAEJoinLatents, CVVAEInsertLatents, CVVAELatentLayout, CVVAELatentStatistics, CVVAENormalizeLatents,
-                CVVAEEmptyLatents, CVVAEFrameCalculator]
+                CVVAEEmptyLatents, CVVAEFrameCalculator, CVVAEDownload]

@@ -1,6 +1,7 @@
 """Files in and out: what loads, what is refused with which message, and that nothing in a file is executed."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -10,13 +11,13 @@ import pytest
 import torch
 from compare import distance
 from image_oracle import LAYOUTS, image_state
-from random_weights import VARIANTS, noise, video_clip, video_config, video_state, video_vae
+from random_weights import VARIANTS, noise, video_clip, video_config, video_shapes, video_state, video_vae
 from safetensors.torch import load_file, save_file
 
 import cvvae
 import cvvae.checkpoint
 from cvvae import CheckpointError
-from cvvae.checkpoint import read_metadata
+from cvvae.checkpoint import read_metadata, refusal
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -420,3 +421,56 @@ class TestSaving:
         for _ in range(2):
             cvvae.save(video_vae(), path)
         assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+class TestRefusal:
+    """By the header alone, what loading would say."""
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+    def test_nothing_against_what_loads(self, variant, prefix, tmp_path):
+        save_file({prefix + name: tensor for name, tensor in video_state(variant).items()}, tmp_path / "vae.safetensors")
+        assert refusal(tmp_path / "vae.safetensors") is None
+
+    def test_group_norms_of_another_size(self, tmp_path):
+        cvvae.save(EIGHT_GROUPS, tmp_path / "vae.safetensors")
+        assert refusal(tmp_path / "vae.safetensors") is None
+
+    @pytest.mark.parametrize("state, kind", [
+        (image_state(LAYOUTS["sd"]), "image VAE"),
+        ({"a.lora_up.weight": torch.zeros(1)}, "LoRA"),
+        ({"double_blocks.0.weight": torch.zeros(1)}, "diffusion model"),
+        ({"encoder.conv1.weight": torch.zeros(1), "decoder.conv1.weight": torch.zeros(1)}, "another VAE"),
+        ({"weight": torch.zeros(1)}, "not a CV-VAE"),
+        (without("encoder.norm_out.bias"), "not a CV-VAE"),
+        (video_state("v1") | {"decoder.conv_out.bias": torch.zeros(3, dtype=torch.int8)}, "not a CV-VAE"),
+    ])
+    def test_it_says_what_loading_says(self, state, kind, tmp_path):
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "vae.safetensors")
+        with pytest.raises(CheckpointError) as raised:
+            cvvae.load(tmp_path / "vae.safetensors")
+        found = refusal(tmp_path / "vae.safetensors")
+        assert (str(found), found.kind) == (str(raised.value), kind)
+
+    @pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1", b"12345678{"])
+    def test_damage(self, content, tmp_path):
+        (tmp_path / "vae.safetensors").write_bytes(content)
+        assert refusal(tmp_path / "vae.safetensors").kind == "damaged"
+
+    def test_no_weight_is_read(self, tmp_path):
+        """The header of vae3d, 730 MB in float32, before a hole of that size: reading it would take its time."""
+        resource = pytest.importorskip("resource")
+        shapes, entries, end = video_shapes("v1", (128, 256, 512, 512), 2), {}, 0
+        for name, shape in shapes.items():
+            start, end = end, end + 4 * math.prod(shape)
+            entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+        header = json.dumps(entries).encode()
+        path = tmp_path / "vae.safetensors"
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + end)
+        assert 725e6 < path.stat().st_size < 735e6
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        assert refusal(path) is None
+        now = resource.getrusage(resource.RUSAGE_SELF)
+        assert now.ru_utime + now.ru_stime < used.ru_utime + used.ru_stime + 0.3 and now.ru_maxrss < used.ru_maxrss + 50_000

@@ -190,7 +190,7 @@ def test_stopping_says_so(files, tmp_path, monkeypatch, capsys):
 
 
 def test_the_library_needs_no_comfyui_and_starts_lean():
-    code = ("import sys, cvvae; print([name for name in ('comfy', 'kornia', 'av', 'cvvae.training') "
+    code = ("import sys, cvvae; print([name for name in ('comfy', 'kornia', 'av', 'cvvae.training', 'huggingface_hub') "
             "if name in sys.modules])")
     assert subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True).strip() == "[]"
 

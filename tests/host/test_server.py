@@ -1,17 +1,22 @@
 """ComfyUI started for real: what it says about the nodes, and the workflows run through its queue."""
 
 import copy
+import shutil
 
 import av
 import numpy as np
 import pytest
 from comfy_host import REPOSITORY
 
+from cvvae.checkpoint import BUILT_IN
+from cvvae.download import PUBLISHED
+
 MEDIA = REPOSITORY / "workflows" / "media"
 ENOUGH = 20  # dB; the built-in model reaches 24 to 28, random weights about 10
 
 NODES = {
     "CVVAELoader": (["vae_name", "batch_is", "dtype"], ["VAE"]),
+    "CVVAEDownload": (["weights"], ["COMBO"]),
     "CVVAEEncode": (["pixels", "vae", "mode", "layout", "window", "tile", "overlap", "memory", "pieces"], ["LATENT"]),
     "CVVAEDecode": (["samples", "vae", "mode", "frames", "window", "tile", "overlap", "memory", "pieces"], ["IMAGE"]),
     "CVVAEExample": (["media"], ["IMAGE", "FLOAT"]),
@@ -95,7 +100,19 @@ def test_the_loader_lists_files_and_the_built_in_model(server):
     (server.base / "models" / "vae" / "mine.safetensors").touch()
     spec = server.get("/object_info/CVVAELoader")["CVVAELoader"]["input"]["required"]["vae_name"]
     options = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
-    assert options[0] == "tiny (built in)" and "mine.safetensors" in options
+    assert options[0] == "tiny (built in)" and "mine.safetensors (damaged)" in options
+
+
+def test_a_file_that_was_downloaded_before_goes_on_to_the_loader(server):
+    """No connection is opened; what the download gives, Load CV-VAE takes."""
+    shutil.copy(BUILT_IN / "tiny.safetensors", server.base / "models" / "vae" / PUBLISHED["vae3d"].file)
+    settings = {"batch_is": "video clip", "dtype": "auto"}
+    prompt = {"1": {"class_type": "CVVAEDownload", "inputs": {"weights": "vae3d"}},
+              "2": {"class_type": "CVVAELoader", "inputs": {"vae_name": ["1", 0]} | settings},
+              "3": {"class_type": "EmptyLatentImage", "inputs": {"width": 32, "height": 32, "batch_size": 1}},
+              "4": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["2", 0]}},
+              "5": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "downloaded"}}}
+    assert frames_of(server.run(prompt)["5"][0]).shape == (1, 32, 32, 3)
 
 
 def test_workflows_are_offered_as_templates(server, workflows):

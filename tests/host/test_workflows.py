@@ -4,6 +4,9 @@ import itertools
 
 import pytest
 from comfy_host import REPOSITORY
+from workflow_models import wrong_models
+
+from cvvae.download import PUBLISHED
 
 TITLE = 30  # pixels of a node's title, above its position
 NAMES = sorted(path.stem for path in (REPOSITORY / "workflows").glob("*.json"))
@@ -36,6 +39,21 @@ def test_nodes_say_where_they_come_from(workflow):
         if node["type"] != "Note":
             assert node["properties"]["Node name for S&R"] == node["type"]
             assert node["properties"]["cnr_id"] == ("cv-vae" if node["type"].startswith("CVVAE") else "comfy-core")
+
+
+def test_models_are_those_that_are_published(workflow):
+    assert wrong_models(workflow) == []
+
+
+def test_wrong_models_are_found():
+    def loader(value: str, *models: dict) -> dict:
+        return {"nodes": [{"id": 1, "type": "CVVAELoader", "widgets_values": [value], "properties": {"models": models}}]}
+
+    published = PUBLISHED["vae3d"]
+    assert wrong_models(loader("tiny (built in)")) == wrong_models(loader(published.file, published.entry())) == []
+    assert "lack" in wrong_models(loader(published.file))[0]
+    [wrong] = wrong_models(loader("tiny (built in)", published.entry() | {"directory": "checkpoints"}))
+    assert "is not in cvvae.download.PUBLISHED" in wrong
 
 
 def test_there_is_a_note(workflow):
