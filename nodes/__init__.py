@@ -15,6 +15,7 @@ from .latent_time import CVVAEInsertLatents, CVVAEJoinLatents, CVVAEResampleLate
 from .latent_tools import CVVAEEmptyLatents, CVVAELatentLayout, CVVAELatentStatistics, CVVAENormalizeLatents
 from .loader import CVVAELoader
 from .loss_plot import CVVAELossPlot
+from .preview import CVVAEPreviewLatents
 from .save import CVVAESave
 
 
@@ -23,4 +24,4 @@ class CVVAEExtension(ComfyExtension):
         return [CVVAELoader, CVVAEEncode, CVVAEDecode, CVVAEExample, CVVAEInflate, CVVAEFinetune, CVVAELossPlot,
                 CVVAEEvaluate, CVVAESave, CVVAEInterpolateLatents, CVVAETrimLatents, CVVAEResampleLatents,
                 CVVAEJoinLatents, CVVAEInsertLatents, CVVAELatentLayout, CVVAELatentStatistics, CVVAENormalizeLatents,
-                CVVAEEmptyLatents, CVVAEFrameCalculator, CVVAEDownload]
+                CVVAEEmptyLatents, CVVAEFrameCalculator, CVVAEDownload, CVVAEPreviewLatents]

@@ -10,6 +10,7 @@ import gc
 import logging
 import traceback
 
+import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -22,6 +23,7 @@ from .. import cvvae
 from ..cvvae import engine, keys
 from ..cvvae.engine.memory import SMALLEST_TILE, free
 from ..cvvae.frames import SPACE_FACTOR, TIME_FACTOR, frames_of, latent_side, latents_of
+from ..cvvae.latents.preview import LinearPreview
 from ..cvvae.tiling import WHOLE, Tiling, parse_memory
 
 log = logging.getLogger(__name__)
@@ -326,6 +328,20 @@ def show_text(text: str, node_id: str | None) -> None:
     from server import PromptServer  # here, as the host's own nodes do: it is there once the host runs
 
     PromptServer.instance.send_progress_text(text, node_id)
+
+
+LATENT_FORMATS = {4: comfy.latent_formats.SD15, 16: comfy.latent_formats.SD3}
+
+
+def latent_colours(channels: int) -> LinearPreview:
+    """The host's own preview of the latents of SD 1.5 or SD 3, for latents as they travel between nodes."""
+    latent_format = LATENT_FORMATS[channels]()
+    # Its factors are for latents as models compute with them: scaled and shifted, channel by channel.
+    shift = latent_format.process_in(torch.zeros(channels))
+    scale = latent_format.process_in(torch.ones(channels)) - shift
+    factors = torch.tensor(latent_format.latent_rgb_factors).T
+    bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0] * 3)
+    return LinearPreview(factors * scale, factors @ shift + bias, {"source": "ComfyUI"})
 
 
 # -- progress and memory -----------------------------------------------------------------------------

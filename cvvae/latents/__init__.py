@@ -6,9 +6,11 @@ never written into.  Lengths and places are counted in latents; :mod:`cvvae.fram
 
 from .interpolation import CURVES, EASINGS, crossfade, interpolate, resample, spread
 from .layout import LatentError, to_batch, to_clips
+from .preview import LinearPreview, fit_preview, load_preview, save_preview
 from .statistics import Distribution, Statistics, expected_distribution, normalize, plot, statistics
 from .time import insert, join, one_frame_latent, reencode, replace, reverse, seamless, there_and_back, trim
 
-__all__ = ["CURVES", "EASINGS", "Distribution", "LatentError", "Statistics", "crossfade", "expected_distribution",
-           "insert", "interpolate", "join", "normalize", "one_frame_latent", "plot", "reencode", "replace", "resample",
-           "reverse", "seamless", "spread", "statistics", "there_and_back", "to_batch", "to_clips", "trim"]
+__all__ = ["CURVES", "EASINGS", "Distribution", "LatentError", "LinearPreview", "Statistics", "crossfade",
+           "expected_distribution", "fit_preview", "insert", "interpolate", "join", "load_preview", "normalize",
+           "one_frame_latent", "plot", "reencode", "replace", "resample", "reverse", "save_preview", "seamless", "spread",
+           "statistics", "there_and_back", "to_batch", "to_clips", "trim"]

@@ -427,5 +427,117 @@ def frames_and_latents_are_counted():
     assert calculate("seconds", 2.0, 8.0, "independent images") == (16, 16, 8.0, 8, 2.0)
 
 
+# -- preview -----------------------------------------------------------------------------------------
+
+
+def previewed(**inputs):
+    node = host.nodes.NODE_CLASS_MAPPINGS["CVVAEPreviewLatents"]
+    node.hidden = SimpleNamespace(prompt=None, extra_pnginfo=None)
+    return run("CVVAEPreviewLatents", **inputs)[0]
+
+
+@check
+def previews_show_what_was_encoded():
+    torch, vae = host.torch, load()
+    pixels = run("CVVAEExample", media="goats clip (33 frames)")[0][:9]
+    latents = run("CVVAEEncode", pixels=pixels, vae=vae)[0]
+    images = previewed(samples=latents)
+    shape(images, 3, *pixels.shape[1:])
+    expected = tools().load_preview("tiny").pictures(as_clips(latents["samples"]))
+    close(images, (expected[0].movedim(0, -1) + 1) / 2)
+    by_frame = previewed(samples=latents, show="one picture per frame")
+    close(by_frame, images[[0, 1, 1, 1, 1, 2, 2, 2, 2]])
+    error, contrast = (by_frame - pixels).square().mean(), (pixels - pixels.mean((0, 1, 2))).square().mean()
+    assert error < contrast / 4, f"{error} instead of less than a quarter of {contrast}"
+    shape(previewed(samples=latents, scale=1), 3, 16, 28, 3)
+    assert torch.equal(latents["samples"], run("CVVAEEncode", pixels=pixels, vae=vae)[0]["samples"])
+
+
+@check
+def previews_of_both_layouts_batches_and_images():
+    torch = host.torch
+    batch, five = latents(5), latents(5, five=True)
+    for show, count in (("one picture per latent", 5), ("one picture per frame", 17)):
+        close(previewed(samples=batch, show=show), previewed(samples=five, show=show), 0)
+        two = previewed(samples={"samples": torch.cat([five["samples"], latents(5, 1, five=True)["samples"]])}, show=show)
+        close(two, torch.cat([previewed(samples=latents(5, seed), show=show) for seed in (0, 1)]))
+        assert len(two) == 2 * count
+    padded = latents(5, cv_vae={"mode": "video", "frames": 15})
+    shape(previewed(samples=padded, show="one picture per frame"), 15, 48, 64, 3)
+    shape(previewed(samples=latents(5, cv_vae={"mode": "image"}), show="one picture per frame"), 5, 48, 64, 3)
+
+
+@check
+def previews_refuse_what_cannot_be_shown():
+    broken = latents(5)
+    broken["samples"][3, 1, 0, 0] = float("nan")
+    raises("1 of 960 values are NaN or infinite, the first of them in latent 3", previewed, samples=broken)
+    sixteen = {"samples": host.torch.randn(2, 16, 6, 8)}
+    raises("have 16 channels, and this preview is of a model with 4", previewed, samples=sixteen)
+    raises("have 4 channels", previewed, samples=latents(2), model="16 channels (SD 3)")
+    raises("This node works with CV-VAE models only", previewed, samples=latents(2), vae=object())
+
+
+@check
+def previews_by_channels_are_the_hosts():
+    import comfy.latent_formats
+    import latent_preview
+
+    for model, name in (("4 channels (SD 1.x, SD 2.x, SVD)", "SD15"), ("16 channels (SD 3)", "SD3")):
+        latent_format = getattr(comfy.latent_formats, name)()
+        samples = 3 * host.torch.randn(1, latent_format.latent_channels, 6, 8)
+        own = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias)
+        picture = own.decode_latent_to_preview(latent_format.process_in(samples))
+        shown = host.torch.frombuffer(bytearray(picture.tobytes()), dtype=host.torch.uint8).view(1, 6, 8, 3) / 255
+        close(previewed(samples={"samples": samples}, model=model, scale=1), shown, 1.01 / 255)  # it rounds down
+
+
+@check
+def previews_of_a_connected_vae_are_fitted_once():
+    node = importlib.import_module(host.nodes.NODE_CLASS_MAPPINGS["CVVAEPreviewLatents"].__module__)
+    vae, calls = host.native.NativeVAE(contract.small("sd3", 16), "video", host.torch.float32), []
+
+    def coders(vae):
+        decode, encode = importlib.import_module(f"{node.__package__}.latent_dict").coders(vae)
+        return decode, lambda frames: calls.append(len(frames)) or encode(frames)
+
+    samples = {"samples": host.torch.randn(2, 16, 6, 8)}
+    with patch.object(node, "coders", coders), patch.object(node, "FILES", ["bee clip (33 frames)"]), \
+            patch.object(node, "FRAMES_TO_FIT", 5):
+        images = previewed(samples=samples, vae=vae)
+        assert len(calls) == 3  # as it is, darker, lighter
+        close(previewed(samples=samples, vae=vae), images, 0)
+        assert len(calls) == 3
+        bee = run("CVVAEExample", media="bee clip (33 frames)")[0][:5].movedim(-1, 0)[None] * 2 - 1
+        library = importlib.import_module(f"{host.cvvae.__name__}.latents.preview")
+        expected = library.fit_preview(library.pairs_of(lambda clip: vae.model.encode(clip).mode(), [bee]))
+    close(images, (expected.pictures(as_clips(samples["samples"]))[0].movedim(0, -1) + 1) / 2, 1e-3)
+
+
+@check
+def the_samplers_own_preview_shows_our_latents():
+    """While it samples, a sampler shows x0 by the format of its model; whatever layout latents came in."""
+    import comfy.latent_formats
+    import comfy.utils
+    import latent_preview
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    shown, before, hook = [], args.preview_method, comfy.utils.PROGRESS_BAR_HOOK
+    samples = run("CVVAEEncode", pixels=clip(9), vae=load())[0]["samples"]
+    args.preview_method = LatentPreviewMethod.Latent2RGB
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: shown.append(preview))
+    try:
+        model = SimpleNamespace(load_device=host.torch.device("cpu"),
+                                model=SimpleNamespace(latent_format=comfy.latent_formats.SD15()))
+        callback = latent_preview.prepare_callback(model, 1)
+        for x0 in (samples, as_clips(samples)):
+            callback(0, x0 * 0.18215, x0, 1)
+    finally:
+        args.preview_method = before
+        comfy.utils.set_progress_bar_global_hook(hook)
+    assert [preview[1].size for preview in shown] == [(8, 6), (8, 6)]
+    assert shown[0][1].tobytes() == shown[1][1].tobytes()  # the first latent
+
+
 if __name__ == "__main__":
     contract.main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -39,6 +39,7 @@ LATENT_NODES = {
     "CVVAELatentLayout": (["samples", "layout", "clips"], ["LATENT", "INT"]),
     "CVVAELatentStatistics": (["samples"], ["STRING", "IMAGE"]),
     "CVVAENormalizeLatents": (["samples", "over", "strength", "reference"], ["LATENT"]),
+    "CVVAEPreviewLatents": (["samples", "model", "show", "scale", "vae"], ["IMAGE"]),
     "CVVAEEmptyLatents": (["width", "height", "frames", "channels", "layout"], ["LATENT", "INT"]),
     "CVVAEFrameCalculator": (["start_from", "amount", "fps", "batch_is"], ["INT", "INT", "FLOAT", "INT", "FLOAT"]),
 }
