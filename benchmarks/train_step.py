@@ -49,6 +49,7 @@ from cvvae import checkpoint
 from cvvae.frames import SPACE_FACTOR, latents_of
 from cvvae.training import adversarial
 from cvvae.training.config import Bucket, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, check
+from cvvae.training.data import Batch
 from cvvae.training.trainer import Trainer
 
 VARIANT = "sd3"  # of the only training configuration that was released
@@ -155,7 +156,7 @@ class OurStep:
 
     def __call__(self, clip: Tensor) -> dict[str, float]:
         """What the log says of a step on ``clip`` [B, 3, T, H, W]."""
-        losses = self.trainer._train_step([clip])
+        losses = self.trainer._train_step([Batch(clip)])
         if losses["skipped"]:
             norms = ", ".join(f"{name} {value:.3g}" for name, value in losses.items() if name.endswith("gradient_norm"))
             raise SystemExit(f"Our trainer skipped the step ({norms}), so there is nothing to compare.")

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -92,11 +93,12 @@ class LossConfig:
 
 
 @dataclass
-class OptimConfig:
+class CommonOptimConfig:
+    """Of every training run."""
+
     steps: int = 1000
     optimizer: str = "adamw"  # or "adamw8bit" (package bitsandbytes, CUDA): a quarter of the optimizer's memory
     learning_rate: float = 1e-4
-    discriminator_rate: float = 1e-4  # constant from gan_start on
     warmup: int = 100
     final_ratio: float = 0.01  # of the learning rate, reached at the last step and held after it
     beta1: float = 0.9
@@ -110,19 +112,30 @@ class OptimConfig:
 
 
 @dataclass
-class RunConfig:
+class OptimConfig(CommonOptimConfig):
+    discriminator_rate: float = 1e-4  # constant from gan_start on
+
+
+@dataclass
+class CommonRunConfig:
+    """Of every training run."""
+
     out: str = "runs/train"  # folder for checkpoints, logs and the result, relative to where it is run
     seed: int = 0
     device: str = "auto"  # "auto": CUDA when there is one
     precision: str = "fp32"  # "bf16": autocast with float32 weights
     checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
-    channels_last: bool = False  # memory format of the kernels; faster on most GPUs
     save_every: int = 500
     keep: int = 2  # checkpoints kept, the newest ones
     validate_every: int = 500
-    videos: int = 2  # held-out clips drawn side by side at each validation
     tensorboard: bool = False  # package tensorboard; losses.csv and validation.csv are always written
     name: str = ""  # what the resulting file says it is
+
+
+@dataclass
+class RunConfig(CommonRunConfig):
+    channels_last: bool = False  # memory format of the kernels; faster on most GPUs
+    videos: int = 2  # held-out clips drawn side by side at each validation
 
 
 @dataclass
@@ -134,6 +147,9 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+COMMON_CHOICES = {"optim.optimizer": ("adamw", "adamw8bit"), "run.precision": ("fp32", "bf16")}
+COMMON_LEAST = {"optim.steps": 1, "optim.accumulate": 1, "optim.stop_after_skips": 1, "run.save_every": 1, "run.keep": 1,
+                "run.validate_every": 1, "data.workers": 0}
 CHOICES = {
     "model.kind": ("video", "image"),
     "model.train": ("all", "decoder", "encoder", "temporal"),
@@ -145,12 +161,20 @@ CHOICES = {
     "loss.mapping": ("first", "slice", "average", "random"),
     "loss.gan": ("none", "hinge", "non-saturating"),
     "loss.gan_passes": (1, 2),
-    "optim.optimizer": ("adamw", "adamw8bit"),
-    "run.precision": ("fp32", "bf16"),
-}
-LEAST = {"optim.steps": 1, "optim.accumulate": 1, "optim.stop_after_skips": 1, "run.save_every": 1, "run.keep": 1,
-         "run.validate_every": 1, "data.max_stride": 1, "data.workers": 0, "data.validation_clips": 0, "loss.gan_start": 0,
-         "loss.gan_layers": 2, "loss.gan_channels": 8, "run.videos": 0}
+} | COMMON_CHOICES
+LEAST = {"data.max_stride": 1, "data.validation_clips": 0, "loss.gan_start": 0, "loss.gan_layers": 2,
+         "loss.gan_channels": 8, "run.videos": 0} | COMMON_LEAST
+
+
+def read_table(kind: type, path: Path, overrides: Sequence[str]) -> Any:
+    """A TOML file as a dataclass ``kind``, with overrides like ``optim.steps=200``.  Raises ConfigError naming the key."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        for override in overrides:
+            _apply(table, override)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}.") from None
+    return _build(kind, table, "")
 
 
 def read_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
@@ -159,13 +183,7 @@ def read_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
     Data sources and ``loss.lpips_weights`` are resolved against the file's folder.  Raises ConfigError naming the key.
     """
     path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        for override in overrides:
-            _apply(table, override)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a TOML file: {error}.") from None
-    config = _build(TrainConfig, table, "")
+    config = read_table(TrainConfig, path, overrides)
     config.data.sources = [str((path.parent / source).resolve()) for source in config.data.sources]
     if config.loss.lpips_weights:
         config.loss.lpips_weights = str((path.parent / config.loss.lpips_weights).resolve())
@@ -235,19 +253,24 @@ def at_step(schedule: "Schedule", step: int) -> float:
     return schedule[0][1] if step < schedule[0][0] else schedule[-1][1]
 
 
-def _value(config: TrainConfig, key: str) -> Any:
+def _value(config: Any, key: str) -> Any:
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
 
 
+def check_values(config: Any, choices: dict[str, tuple], least: dict[str, float]) -> None:
+    """Raise ConfigError where a value is none of ``choices`` or less than ``least``, naming the key."""
+    for key, known in choices.items():
+        if _value(config, key) not in known:
+            raise ConfigError(f"{key} is {_value(config, key)!r}; expected one of {', '.join(map(str, known))}.")
+    for key, smallest in least.items():
+        if _value(config, key) < smallest:
+            raise ConfigError(f"{key} is {_value(config, key)}; expected {smallest} or more.")
+
+
 def check(config: TrainConfig) -> None:
     """Raise ConfigError for values that no run can have, naming the key."""
-    for key, choices in CHOICES.items():
-        if _value(config, key) not in choices:
-            raise ConfigError(f"{key} is {_value(config, key)!r}; expected one of {', '.join(map(str, choices))}.")
-    for key, least in LEAST.items():
-        if _value(config, key) < least:
-            raise ConfigError(f"{key} is {_value(config, key)}; expected {least} or more.")
+    check_values(config, CHOICES, LEAST)
     if not config.data.sources:
         raise ConfigError("data.sources is empty; list the files or folders of videos and pictures to train on.")
     if config.data.validation_frames % 4 != 1 or config.data.validation_size % 8:

@@ -11,21 +11,17 @@
 
 import csv
 import dataclasses
-import json
 import pickle
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..checkpoint import write_whole
-from .config import ConfigError, TrainConfig
-
-# What a checkpoint's tensors and draws depend on: resuming with another value is another run.
-FIXED = ("model.kind", "model.train", "model.latent_channels", "model.widths", "model.blocks", "model.norm_groups",
-         "loss.learn_logvar", "loss.regularizer", "loss.gan", "loss.gan_channels", "loss.gan_layers", "optim.optimizer",
-         "run.seed")
+from .config import ConfigError
 
 
 class Checkpoints:
@@ -63,11 +59,14 @@ class Checkpoints:
         raise FileNotFoundError(f"--resume: there is {what} in {self.folder}. Without --resume a run starts from step 0.")
 
 
-def check_resumable(saved: dict, config: TrainConfig) -> None:
-    """Raise ConfigError where ``config`` does not go on with the run whose config was ``saved``."""
+def check_resumable(saved: dict, config: Any, fixed: Sequence[str]) -> None:
+    """Raise ConfigError where ``config`` does not go on with the run whose config was ``saved``.
+
+    fixed: what a checkpoint's tensors and draws depend on; resuming with another value is another run.
+    """
     now = dataclasses.asdict(config)
     changed = []
-    for key in FIXED:
+    for key in fixed:
         section, name = key.split(".")
         if saved[section][name] != now[section][name]:
             changed.append(f"{key} was {saved[section][name]!r} and is {now[section][name]!r}")
@@ -111,7 +110,7 @@ class CsvLog:
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerow({"step": step} | values)
 
 
-def provenance(config: TrainConfig) -> dict:
+def provenance(config: Any) -> dict:
     """The resolved config, versions and git state, for the run's folder and the resulting file."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -122,16 +121,6 @@ def provenance(config: TrainConfig) -> dict:
         except PackageNotFoundError:
             continue
     return {"config": dataclasses.asdict(config), "versions": versions, "git": _git_state()}
-
-
-def without_paths(config: dict) -> dict:
-    """Where things lie on the trainer's disk is nobody's business: a config with file names only."""
-    config = json.loads(json.dumps(config))
-    config["data"]["sources"] = [Path(source).name for source in config["data"]["sources"]]
-    config["run"]["out"] = Path(config["run"]["out"]).name
-    config["loss"]["lpips_weights"] = Path(config["loss"]["lpips_weights"]).name
-    config["model"] |= {key: Path(config["model"][key]).name for key in ("teacher", "student")}
-    return config
 
 
 def _git_state() -> dict | None:
