@@ -22,8 +22,7 @@ from .vae import Autoencoder, ImageVAE, VideoVAE
 
 BUILT_IN = Path(__file__).parent / "weights"
 PREFIXES = ("first_stage_model.", "vae.")
-PUBLISHED = ("https://huggingface.co/AILab-CVC/CV-VAE, or the node Download CV-VAE, or "
-             "`python -m cvvae download vae3d_v1-1` (or vae3d, vae3d_sd3)")
+PUBLISHED = "node Download CV-VAE, `python -m cvvae download vae3d_v1-1`, or https://huggingface.co/AILab-CVC/CV-VAE"
 DAMAGED = "damaged"
 # As the headers of safetensors name them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -275,9 +274,9 @@ def _as_video_vae(state: State, where: str) -> tuple[State, Config]:
     _refuse_strangers(state, where)
     if state["encoder.conv_in.weight"].ndim == 4:
         raise CheckpointError(
-            f"{where} is an image VAE (its kernels are 2-D), not a CV-VAE. To make a video VAE of it, inflate it: node "
-            "Inflate to CV-VAE, `python -m cvvae inflate` or cvvae.inflate(cvvae.load_image_vae(...)). As an image VAE it "
-            f"loads with ComfyUI's own Load VAE. Published CV-VAE weights: {PUBLISHED}.", "image VAE")
+            f"{where} is an image VAE (its kernels are 2-D), not a CV-VAE. ComfyUI's own Load VAE loads it; to make a video "
+            "VAE of it, inflate it (node Inflate to CV-VAE, `python -m cvvae inflate`). Published CV-VAE weights: "
+            f"{PUBLISHED}.", "image VAE")
     state = _with_3d_shortcuts(keys.canonical(state))
     if "decoder.mid.attn_1.gamma_t" in state:
         variant = "inflated"

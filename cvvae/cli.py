@@ -139,7 +139,11 @@ def _download(options) -> None:
             bar.total, bar.n = total, done
             bar.update(0)
 
-        path = download(options.name, options.to, show)
+        try:
+            path = download(options.name, options.to, show)
+        except KeyboardInterrupt:
+            bar.write("What has arrived is kept: the same command goes on from there.", file=sys.stderr)
+            raise
     print(f"{path}: {PUBLISHED[options.name].made_for}")
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 import cvvae.download
 from cvvae.checkpoint import refusal
+from cvvae.cli import main
 from cvvae.download import CHUNK, PUBLISHED, DownloadError, download
 
 HERE = Path(__file__).parents[1]
@@ -266,6 +267,14 @@ class TestCommand:
         done = self.run(hub, tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / FILE).read_bytes() == CONTENT and done.stdout.startswith(f"{tmp_path / FILE}: SD 1.x")
+
+    def test_stopping_says_how_to_go_on(self, tmp_path, monkeypatch, capsys):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("cvvae.cli.download", interrupt)
+        assert main(["download", NAME, "--to", str(tmp_path)]) == 130
+        assert "the same command goes on" in capsys.readouterr().err
 
     def test_offline(self, hub, tmp_path):
         done = self.run(hub, tmp_path, HF_HUB_OFFLINE="1")
