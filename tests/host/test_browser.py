@@ -1,127 +1,164 @@
-"""What a user does: drop a workflow file on the canvas, press Run, look at the result."""
+"""What a user does and sees: workflow files dropped and run, nodes searched, help read, runs cancelled, mistakes explained.
 
-import os
-import shutil
-from pathlib import Path
+A real server and a real browser, opened once for all tests here.  Pictures of what was seen are kept in the folder that
+CVVAE_SCREENSHOTS names, else among pytest's temporary files.
+"""
 
 import pytest
 from comfy_host import REPOSITORY
+from web_interface import KEPT, LAY_OUT, MARKED, NOT_THERE, OPTIONS, READY, STATE, TITLE, UNKNOWN, start_browser
 
-BROWSERS = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
+FOLDER = REPOSITORY / "workflows"
+LONG = ("cv-vae_finetune",)  # run, cut short, by tests of their own
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json") if path.stem not in LONG)
+HELP = REPOSITORY / "web" / "docs"
+SAVES = ("SaveImage", "SaveVideo", "PreviewImage", "SaveAnimatedWEBP", "SaveLatent")
+AT_ONCE = 2.0  # seconds from Cancel to the end of the run
 
-DROP = """([name, text]) => {
-    const files = new DataTransfer();
-    files.items.add(new File([text], name, {type: "application/json"}));
-    const canvas = document.querySelector("canvas#graph-canvas") ?? document.querySelector("canvas");
-    for (const kind of ["dragenter", "dragover", "drop"])
-        canvas.dispatchEvent(new DragEvent(kind, {dataTransfer: files, bubbles: true, cancelable: true,
-                                                  clientX: 800, clientY: 500}));
-}"""
-# Listens before Run is pressed, so that a result from the cache is not missed.
-LISTEN = """() => {
-    window.ended = new Promise(resolve => {
-        for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
-            window.app.api.addEventListener(kind, event => resolve({kind, ...event.detail}));
-    });
-}"""
-# Resolves when a finetune has taken its first step.
-STARTED = """() => {
-    const finetune = window.app.graph.nodes.find(node => node.type == "CVVAEFinetune");
-    window.started = new Promise(resolve => window.app.api.addEventListener("progress", event => {
-        if (event.detail.node == finetune.id) resolve();
-    }));
-}"""
-SET = """([type, name, value]) => {
-    for (const node of window.app.graph.nodes)
-        if (node.type == type) node.widgets.find(widget => widget.name == name).value = value;
-}"""
-# A video's node grows when its preview is there.
-SHOWN = """() => window.app.graph.nodes.every(node => {
-    const video = node.videoContainer?.querySelector("video");
-    if (["SaveImage", "PreviewImage"].includes(node.type)) return node.imgs?.every(image => image.complete);
-    return node.type != "SaveVideo" || video?.readyState >= 2 && node.size[1] > 200;
-})"""
+pytestmark = pytest.mark.parametrize("host", ["newest"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def page():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    browser_path = next((path for path in BROWSERS if Path(path).exists()), None)
-    if browser_path is None:
-        pytest.skip("no Chromium; looked for " + ", ".join(BROWSERS))
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        yield browser.new_page(viewport={"width": 1800, "height": 1100})
-        browser.close()
+def ui(server, tmp_path_factory):
+    yield from start_browser(server, tmp_path_factory.mktemp("screenshots"))
 
 
-@pytest.mark.parametrize("host", ["newest"], indirect=True)
-@pytest.mark.parametrize("name", ["cv-vae_image_round_trip", "cv-vae_video_round_trip"])
-def test_drop_and_run(server, page, tmp_path, workflows, name):
-    drop(page, server, name, workflows[name])
-    ended = press_run(page)
-    take_picture(page, tmp_path / f"{name}.png")
+def drop(ui, name: str) -> None:
+    ui.drop(name, (FOLDER / f"{name}.json").read_text())
+    assert ui.page.evaluate(UNKNOWN) == []
+
+
+# -- workflows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drop_and_run(ui, server, workflows, name):
+    drop(ui, name)
+    if missing := ui.page.evaluate(NOT_THERE):
+        ui.picture(name)
+        pytest.skip(f"dropped without a missing node, not run: needs {', '.join(map(str, missing))}")
+    ended = ui.run()
+    ui.picture(name)
     assert ended["kind"] == "execution_success", ended
-    assert_saved(server, ended, workflows[name], "SaveImage", "SaveVideo")
+    assert_saved(server, ended, workflows[name])
 
 
-@pytest.mark.parametrize("host", ["newest"], indirect=True)
-def test_cancel_a_finetune_and_go_on(server, page, tmp_path, workflows):
+def test_cancel_a_finetune_and_go_on(ui, server, workflows):
     name = "cv-vae_finetune"
-    drop(page, server, name, workflows[name])
-    page.evaluate(SET, ["CVVAEFinetune", "run", "in_the_browser"])
-    page.evaluate(SET, ["CVVAEEvaluate", "frames", 5])
+    drop(ui, name)
+    ui.set("CVVAEFinetune", "run", "in_the_browser")
+    ui.set("CVVAEEvaluate", "frames", 5)
     run = server.base / "output" / "cv-vae" / "in_the_browser"
-
-    page.evaluate(STARTED)
-    page.evaluate(LISTEN)
-    page.get_by_test_id("queue-button").click()
-    page.evaluate("() => window.started")
-    page.get_by_role("button", name="Cancel current run").first.click()
-    assert page.evaluate("() => window.ended")["kind"] == "execution_interrupted"
+    ended, _ = ui.cancel_when_started("CVVAEFinetune")
+    assert ended["kind"] == "execution_interrupted", ended
     taken = int(max((run / "checkpoints").iterdir()).stem.removeprefix("step_"))
     assert taken >= 1 and not (run / "model.safetensors").exists()
 
-    page.evaluate(SET, ["CVVAEFinetune", "steps", taken + 1])
-    ended = press_run(page)
-    take_picture(page, tmp_path / f"{name}.png")
+    ui.set("CVVAEFinetune", "steps", taken + 1)
+    ended = ui.run()
+    ui.picture(name)
     assert ended["kind"] == "execution_success", ended
-    assert_saved(server, ended, workflows[name], "PreviewImage")
+    assert_saved(server, ended, workflows[name])
     assert len((run / "losses.csv").read_text().splitlines()) == 1 + taken + 1
     assert f"at step {taken}." in server.log.read_text()
 
 
-def drop(page, server, name: str, workflow: dict) -> None:
-    """Open the web interface and drop the workflow's file on its canvas."""
-    page.goto(server.url)
-    page.wait_for_function("() => window.app?.graph && window.app.vueAppReady !== false")
-    page.wait_for_timeout(1000)
-    page.evaluate(DROP, [f"{name}.json", (REPOSITORY / "workflows" / f"{name}.json").read_text()])
-    page.wait_for_function("count => window.app.graph.nodes.length == count", arg=len(workflow["nodes"]))
-
-
-def press_run(page) -> dict:
-    """How it ended, with the results on the canvas."""
-    page.evaluate(LISTEN)
-    page.get_by_test_id("queue-button").click()
-    ended = page.evaluate("() => window.ended")
-    if ended["kind"] == "execution_success":
-        page.wait_for_function(SHOWN)
-    page.evaluate("() => window.app.graph.setDirtyCanvas(true, true)")  # else it shows sizes from before the previews
-    page.wait_for_timeout(1000)
-    return ended
-
-
-def take_picture(page, path: Path) -> None:
-    """Into ``path``, and into the folder that CVVAE_SCREENSHOTS names."""
-    page.screenshot(path=path)
-    if kept := os.environ.get("CVVAE_SCREENSHOTS"):
-        Path(kept).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, kept)
-
-
-def assert_saved(server, ended: dict, workflow: dict, *types: str) -> None:
-    """Every node of these types saved files, none of them empty."""
+def assert_saved(server, ended: dict, workflow: dict) -> None:
+    """Every node that saves has saved files, none of them empty."""
     saved = server.saved(ended["prompt_id"])
-    wanted = {str(node["id"]) for node in workflow["nodes"] if node["type"] in types}
+    wanted = {str(node["id"]) for node in workflow["nodes"] if node["type"] in SAVES}
     assert wanted <= set(saved) and all(path.stat().st_size for paths in saved.values() for path in paths)
+
+
+# -- the interface -----------------------------------------------------------------------------------
+
+
+def test_nodes_as_they_come(ui, server):
+    """Nothing to assert but that each can be made: for looking at."""
+    types = [name for name in server.get("/object_info") if name.startswith("CVVAE")]
+    ui.page.evaluate(LAY_OUT, types)
+    ui.picture("all_nodes")
+    assert ui.page.evaluate(UNKNOWN) == [] and len(ui.page.evaluate(STATE)["nodes"]) == len(types)
+
+
+def test_nodes_are_found_and_added_by_search(ui, server):
+    info = server.get("/object_info")
+    names = {info[node]["display_name"] for node in info if node.startswith("CVVAE")}
+    assert names <= set(ui.search("cvvae"))
+    ui.picture("search", fit=False)
+    aliases = {"cv-vae decode": "CV-VAE Decode", "load cv-vae": "Load CV-VAE", "slerp": "CV-VAE Interpolate Latents",
+               "ping-pong": "CV-VAE Trim, Reverse, Loop Latents", "adain": "CV-VAE Match Latent Statistics"}
+    for words, name in aliases.items():
+        assert name in ui.search(words)[:2], words
+    before = len(ui.page.evaluate(STATE)["nodes"])
+    ui.page.keyboard.press("Enter")
+    ui.page.locator("canvas#graph-canvas").click(position={"x": 700, "y": 300})
+    ui.page.wait_for_function("count => window.app.graph.nodes.length == count", arg=before + 1)
+    assert ui.page.evaluate(STATE)["nodes"][-1]["type"] == "CVVAENormalizeLatents"
+
+
+def test_a_decode_is_cancelled_at_once_and_the_next_one_runs(ui, server):
+    ui.load({
+        "1": {"class_type": "CVVAEEmptyLatents", "inputs": {"width": 192, "height": 192, "frames": 289}},
+        "2": {"class_type": "CVVAELoader", "inputs": {}},
+        "3": {"class_type": "CVVAEDecode", "inputs": {"samples": ["1", 0], "vae": ["2", 0]}},
+        "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}},
+    })
+    ended, seconds = ui.cancel_when_started("CVVAEDecode")
+    ui.picture("cancelled")
+    assert ended["kind"] == "execution_interrupted" and ended["node_type"] == "CVVAEDecode", ended
+    assert seconds < AT_ONCE
+    ui.set("CVVAEEmptyLatents", "frames", 5)
+    ended = ui.run()
+    ui.picture("after_cancel")
+    assert ended["kind"] == "execution_success", ended
+    assert [len(paths) for paths in server.saved(ended["prompt_id"]).values()] == [5]
+
+
+def test_a_workflow_survives_a_reload(ui):
+    drop(ui, "cv-vae_video_round_trip")
+    ui.set("SaveVideo", "filename_prefix", "cv-vae/kept_over_a_reload")
+    x, y = ui.page.evaluate(TITLE, "CVVAELoader")
+    ui.page.mouse.move(x, y)
+    ui.page.mouse.down()
+    ui.page.mouse.move(x + 30, y + 200, steps=4)
+    ui.page.mouse.up()
+    before = ui.page.evaluate(STATE)
+    ui.page.wait_for_function(KEPT, arg="kept_over_a_reload")
+    ui.page.reload()
+    ui.page.wait_for_function(READY)
+    ui.page.wait_for_function("count => window.app.graph.nodes.length == count", arg=len(before["nodes"]))
+    ui.picture("reloaded")
+    assert ui.page.evaluate(STATE) == before
+
+
+def test_a_wrong_file_is_an_error_on_the_node(ui, server):
+    page = server.base / "models" / "vae" / "sign_in.safetensors"
+    page.write_text("<!DOCTYPE html><html><body>Please sign in</body></html>")
+    try:
+        drop(ui, "cv-vae_image_round_trip")
+        ui.page.keyboard.press("r")  # read the lists of files again
+        ui.page.wait_for_function(f"arg => ({OPTIONS})(arg).some(name => name.includes('sign_in'))",
+                                  arg=["CVVAELoader", "vae_name"])
+        [choice] = [name for name in ui.page.evaluate(OPTIONS, ["CVVAELoader", "vae_name"]) if "sign_in" in name]
+        ui.set("CVVAELoader", "vae_name", choice)
+        ui.press_run()
+        message = ui.error_of("CVVAELoader")
+        ui.picture("wrong_file")
+        assert "sign_in.safetensors" in message and "web page" in message, message
+        assert ui.page.evaluate(MARKED, "CVVAELoader")
+    finally:
+        page.unlink()
+
+
+@pytest.mark.parametrize("node", ["CVVAELoader"])
+def test_help_is_shown_beside_a_node(ui, node):
+    if not (HELP / f"{node}.md").exists():
+        pytest.skip(f"there is no page web/docs/{node}.md yet")
+    drop(ui, "cv-vae_image_round_trip")
+    ui.picture("before_help")
+    ui.page.mouse.click(*ui.page.evaluate(TITLE, node))
+    ui.page.get_by_test_id("info-button").click()
+    heading = next(line.strip("# ") for line in (HELP / f"{node}.md").read_text().splitlines() if line.startswith("#"))
+    ui.page.get_by_role("heading", name=heading).first.wait_for()
+    ui.picture("help", fit=False)
