@@ -26,7 +26,7 @@ from types import ModuleType
 
 import torch
 from reference import WORKING, replaced
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from cvvae import keys
 
@@ -67,7 +67,7 @@ class OfficialStep:
 
     def __call__(self, clip: Tensor) -> dict[str, float]:
         """A step on ``clip`` [B, 3, T, H, W] in [-1, 1] on the device; its losses, sums turned into our means."""
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast):
+        with autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast):
             for turn in range(1 + self.gan):
                 self.engine.training_step({"frames": clip}, turn)
         return self._means(clip)

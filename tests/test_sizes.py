@@ -154,15 +154,15 @@ class TestDtypesAndDevices:
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     @pytest.mark.parametrize("mode", ["video", "image"])
     def test_results_are_where_the_input_is(self, mode):
-        vae, clip = video_vae(tiling=CUT), video_clip(11, 24, 17)
+        gpu, vae, clip = torch.device("cuda"), video_vae(tiling=CUT), video_clip(11, 24, 17)
         expected = vae.encode(clip, mode).mean
-        vae.to("cuda")
+        vae.to(gpu)
         latents = vae.encode(clip, mode).mean
         assert latents.device == clip.device
         assert vae.decode(latents, mode=mode).device == clip.device
-        assert vae.encode(clip.cuda(), mode).mean.device.type == "cuda"
+        assert vae.encode(clip.to(gpu), mode).mean.device.type == "cuda"
         assert distance(latents, expected) < 0.05
-        assert vae.to("cpu").encode(clip.to("cuda"), mode).mean.device.type == "cuda"
+        assert vae.to("cpu").encode(clip.to(gpu), mode).mean.device.type == "cuda"
 
 
 class TestMemory:

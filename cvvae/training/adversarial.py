@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import Conv3d, GroupNorm, LeakyReLU
 
 from .config import LossConfig
 
@@ -24,15 +25,15 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels: int = 64, layers: int = 4):
         super().__init__()
-        blocks = [_conv(3, channels, time_stride=1), nn.LeakyReLU(0.2)]
+        blocks = [_conv(3, channels, time_stride=1), LeakyReLU(0.2)]
         for k in range(1, layers):
             wider = channels * 2 if k <= 3 else channels
-            blocks += [_conv(channels, wider, time_stride=2 if k <= 2 else 1), nn.GroupNorm(8, wider), nn.LeakyReLU(0.2)]
+            blocks += [_conv(channels, wider, time_stride=2 if k <= 2 else 1), GroupNorm(8, wider), LeakyReLU(0.2)]
             channels = wider
         self.body = nn.Sequential(*blocks)
-        self.score = nn.Conv3d(channels, 1, 3, padding=1, padding_mode="replicate")
+        self.score = Conv3d(channels, 1, 3, padding=1, padding_mode="replicate")
         for module in self.modules():
-            if isinstance(module, nn.Conv3d):
+            if isinstance(module, Conv3d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
                 nn.init.zeros_(module.bias)
 
@@ -40,8 +41,8 @@ class PatchDiscriminator(nn.Module):
         return self.score(self.body(clip))
 
 
-def _conv(in_channels: int, out_channels: int, time_stride: int) -> nn.Conv3d:
-    return nn.Conv3d(in_channels, out_channels, (3, 4, 4), (time_stride, 2, 2), 1, padding_mode="replicate")
+def _conv(in_channels: int, out_channels: int, time_stride: int) -> Conv3d:
+    return Conv3d(in_channels, out_channels, (3, 4, 4), (time_stride, 2, 2), 1, padding_mode="replicate")
 
 
 class Adversary(nn.Module):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -274,7 +274,7 @@ class BaseTrainer:
                 for i in range(clips)]
 
     def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16")
+        return autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16")
 
     # -- validation ----------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from .config import ConfigError, LossConfig
 
@@ -60,7 +60,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(a.device.type, enabled=False):
+        with autocast(a.device.type, enabled=False):
             return self.distance(a.float(), b.float()).mean()
 
 
@@ -74,7 +74,7 @@ class MSSSIM(nn.Module):
         self.distance = MS_SSIMLoss(alpha=1.0, compensation=1.0)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(a.device.type, enabled=False):
+        with autocast(a.device.type, enabled=False):
             return self.distance((a.float() + 1) / 2, (b.float() + 1) / 2)
 
 
