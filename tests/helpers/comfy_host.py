@@ -69,6 +69,8 @@ class Server:
 
     def __init__(self, host: Host, base: Path):
         self.host, self.base = host, base
+        [pack] = (base / "custom_nodes").iterdir()
+        self.pack = pack.name
         self.log = base / "server.log"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -14,7 +14,7 @@ def host(request) -> Host:
 @pytest.fixture(scope="session")
 def server(host, tmp_path_factory):
     base = tmp_path_factory.mktemp("server")
-    make_base(base, "ComfyUI-CV-VAE")
+    make_base(base, "comfyui-cv-vae-main")  # as an archive unpacks; nothing may rely on the folder's name
     server = Server(host, base)
     try:
         server.wait_until_up()

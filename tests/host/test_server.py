@@ -117,7 +117,7 @@ def test_a_file_that_was_downloaded_before_goes_on_to_the_loader(server):
 
 
 def test_workflows_are_offered_as_templates(server, workflows):
-    assert set(server.get("/api/workflow_templates")["ComfyUI-CV-VAE"]) == set(workflows)
+    assert set(server.get("/api/workflow_templates")[server.pack]) == set(workflows)
 
 
 def test_image_round_trip(server, workflows):
