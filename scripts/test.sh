@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs the linter and all tests. Sets up what it needs; tests of a real ComfyUI run where COMFYUI_PATH points to one.
+# With CVVAE_SCREENSHOTS=screenshots the browser's pictures of workflows, results and errors are kept in that folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh

@@ -121,13 +121,16 @@ class WebInterface:
     def drop(self, name: str, text: str) -> None:
         """Drop a workflow's file on the canvas."""
         self.page.evaluate(DROP, [f"{name}.json", text])
-        types = sorted(node["type"] for node in json.loads(text)["nodes"])
-        self.page.wait_for_function(f"types => JSON.stringify(({TYPES})()) == JSON.stringify(types)", arg=types)
+        self.wait_for_nodes([node["type"] for node in json.loads(text)["nodes"]])
 
     def load(self, prompt: dict) -> None:
         """Put a graph in the queue's form on the canvas."""
         self.page.evaluate("prompt => window.app.loadApiJson(prompt, 'test')", prompt)
-        self.page.wait_for_function("count => window.app.graph.nodes.length == count", arg=len(prompt))
+        self.wait_for_nodes([node["class_type"] for node in prompt.values()])
+
+    def wait_for_nodes(self, types: list[str]) -> None:
+        """Until the canvas shows nodes of these types and no others."""
+        self.page.wait_for_function(f"types => JSON.stringify(({TYPES})()) == JSON.stringify(types)", arg=sorted(types))
 
     def set(self, node_type: str, widget: str, value) -> None:
         self.page.evaluate(SET, [node_type, widget, value])

@@ -97,6 +97,19 @@ def test_nodes_are_found_and_added_by_search(ui, server):
     assert ui.page.evaluate(STATE)["nodes"][-1]["type"] == "CVVAENormalizeLatents"
 
 
+def test_latents_are_seen_without_decoding(ui):
+    ui.load({
+        "1": {"class_type": "CVVAEExample", "inputs": {"media": "flower clip (33 frames)"}},
+        "2": {"class_type": "CVVAELoader", "inputs": {}},
+        "3": {"class_type": "CVVAEEncode", "inputs": {"pixels": ["1", 0], "vae": ["2", 0]}},
+        "4": {"class_type": "CVVAEPreviewLatents", "inputs": {"samples": ["3", 0]}},
+    })
+    ended = ui.run()
+    ui.picture("preview")
+    assert ended["kind"] == "execution_success", ended
+    assert ui.page.evaluate("() => window.app.graph.getNodeById(4).imgs.map(image => image.naturalWidth)") == [208] * 9
+
+
 def test_a_decode_is_cancelled_at_once_and_the_next_one_runs(ui, server):
     ui.load({
         "1": {"class_type": "CVVAEEmptyLatents", "inputs": {"width": 192, "height": 192, "frames": 289}},
@@ -127,7 +140,7 @@ def test_a_workflow_survives_a_reload(ui):
     ui.page.wait_for_function(KEPT, arg="kept_over_a_reload")
     ui.page.reload()
     ui.page.wait_for_function(READY)
-    ui.page.wait_for_function("count => window.app.graph.nodes.length == count", arg=len(before["nodes"]))
+    ui.wait_for_nodes([node["type"] for node in before["nodes"]])
     ui.picture("reloaded")
     assert ui.page.evaluate(STATE) == before
 
