@@ -13,7 +13,7 @@ from comfy_host import Server
 
 BROWSERS = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
 SEARCH = "Add a node..."  # what the empty search box says
-RUN = 240_000  # milliseconds that a run may take on a slow machine
+RUN = 120_000  # milliseconds that a run may take on a slow machine
 
 READY = """() => window.app?.graph && window.app.vueAppReady !== false
     && document.querySelector("[data-testid=queue-button]")?.checkVisibility()"""
@@ -123,9 +123,13 @@ class WebInterface:
         self.page.evaluate(DROP, [f"{name}.json", text])
         self.wait_for_nodes([node["type"] for node in json.loads(text)["nodes"]])
 
-    def load(self, prompt: dict) -> None:
-        """Put a graph in the queue's form on the canvas."""
-        self.page.evaluate("prompt => window.app.loadApiJson(prompt, 'test')", prompt)
+    def load(self, name: str, prompt: dict) -> None:
+        """Put a graph in the queue's form on a canvas of its own.
+
+        Its nodes need numbers that no graph before had: the front end gives a widget that is not named here the value
+        which the widget of that number and name had there.
+        """
+        self.page.evaluate("([name, prompt]) => window.app.loadApiJson(prompt, name)", [name, prompt])
         self.wait_for_nodes([node["class_type"] for node in prompt.values()])
 
     def wait_for_nodes(self, types: list[str]) -> None:
@@ -139,13 +143,17 @@ class WebInterface:
         self.page.evaluate(LISTEN)
         self.page.get_by_test_id("queue-button").click()
 
-    def wait_until_ended(self) -> dict:
-        return self.page.wait_for_function("() => window.ended", timeout=RUN).json_value()
+    def wait_for(self, what: str):
+        """The value of ``window.what``, once the run has made it true."""
+        try:
+            return self.page.wait_for_function(f"() => window.{what}", timeout=RUN).json_value()
+        except Exception as error:
+            raise AssertionError(f"{error}\n{self.server.log.read_text()[-2000:]}") from None
 
     def run(self) -> dict:
         """Press Run; how it ended, with the results on the canvas."""
         self.press_run()
-        ended = self.wait_until_ended()
+        ended = self.wait_for("ended")
         if ended["kind"] == "execution_success":
             self.page.wait_for_function(SHOWN)
         return ended
@@ -154,11 +162,11 @@ class WebInterface:
         """Press Run, and Cancel once a node of this type is at work; how it ended, and how many seconds after Cancel."""
         self.page.evaluate(STARTED, node_type)
         self.press_run()
-        self.page.wait_for_function("() => window.started", timeout=RUN)
+        self.wait_for("started")
         button = self.page.get_by_role("button", name="Cancel current run").first
         button.evaluate("button => button.addEventListener('click', () => window.cancelled = performance.now())")
         button.click()
-        ended = self.wait_until_ended()
+        ended = self.wait_for("ended")
         return ended, (ended["at"] - self.page.evaluate("() => window.cancelled")) / 1000
 
     def picture(self, name: str, fit: bool = True) -> None:

@@ -98,24 +98,24 @@ def test_nodes_are_found_and_added_by_search(ui, server):
 
 
 def test_latents_are_seen_without_decoding(ui):
-    ui.load({
-        "1": {"class_type": "CVVAEExample", "inputs": {"media": "flower clip (33 frames)"}},
-        "2": {"class_type": "CVVAELoader", "inputs": {}},
-        "3": {"class_type": "CVVAEEncode", "inputs": {"pixels": ["1", 0], "vae": ["2", 0]}},
-        "4": {"class_type": "CVVAEPreviewLatents", "inputs": {"samples": ["3", 0]}},
+    ui.load("preview", {
+        "101": {"class_type": "CVVAEExample", "inputs": {"media": "flower clip (33 frames)"}},
+        "102": {"class_type": "CVVAELoader", "inputs": {}},
+        "103": {"class_type": "CVVAEEncode", "inputs": {"pixels": ["101", 0], "vae": ["102", 0]}},
+        "104": {"class_type": "CVVAEPreviewLatents", "inputs": {"samples": ["103", 0]}},
     })
     ended = ui.run()
     ui.picture("preview")
     assert ended["kind"] == "execution_success", ended
-    assert ui.page.evaluate("() => window.app.graph.getNodeById(4).imgs.map(image => image.naturalWidth)") == [208] * 9
+    assert ui.page.evaluate("() => window.app.graph.getNodeById(104).imgs.map(image => image.naturalWidth)") == [208] * 9
 
 
 def test_a_decode_is_cancelled_at_once_and_the_next_one_runs(ui, server):
-    ui.load({
-        "1": {"class_type": "CVVAEEmptyLatents", "inputs": {"width": 192, "height": 192, "frames": 289}},
-        "2": {"class_type": "CVVAELoader", "inputs": {}},
-        "3": {"class_type": "CVVAEDecode", "inputs": {"samples": ["1", 0], "vae": ["2", 0]}},
-        "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}},
+    ui.load("cancelled", {
+        "201": {"class_type": "CVVAEEmptyLatents", "inputs": {"width": 192, "height": 192, "frames": 289}},
+        "202": {"class_type": "CVVAELoader", "inputs": {}},
+        "203": {"class_type": "CVVAEDecode", "inputs": {"samples": ["201", 0], "vae": ["202", 0]}},
+        "204": {"class_type": "PreviewImage", "inputs": {"images": ["203", 0]}},
     })
     ended, seconds = ui.cancel_when_started("CVVAEDecode")
     ui.picture("cancelled")
