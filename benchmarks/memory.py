@@ -1,19 +1,24 @@
-"""Peak memory of one encode and one decode beside weights and input, each in a process of its own; and what our
-model makes of a memory budget.
+"""Peak memory of one encode and one decode beside weights and input, each in a process of its own; what our model
+makes of a memory budget; and what the nodes tell ComfyUI that it will take.
 
     python benchmarks/memory.py --reference ../CV-VAE
     python benchmarks/memory.py --cases 17x512x512 --memory none 4GB 2GB 1GB
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import fresh
 import torch
-from cases import add_cases_option, add_model_options, cases, contenders, make_parser, parse_budget, parse_count
+from cases import Case, add_cases_option, add_model_options, cases, contenders, make_parser, parse_budget, parse_count
 from machine import Row, megabytes, publish, seconds_text
-from reference import distance
+from reference import config, distance
+
+import cvvae
+from cvvae import engine
+from cvvae.frames import latent_side, latents_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for budget in [None] if name == "reference" else options.budgets:
                     kept = Path(folder) / "result.pt"
                     found = fresh.call(fresh.measure, name, case, options, budget, options.rounds, kept)
-                    measurements.append({"contender": name, "budget": budget, **case.describe(), **found})
+                    measurements.append({"contender": name, "budget": budget, **case.describe(), **found,
+                                         "estimated_bytes": estimate(name, case, options, budget)})
                     if found:
                         result = torch.load(kept)
                         measurements[-1]["difference"] = None if expected is None else distance(result, expected)
@@ -43,12 +49,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     publish("memory", "Peak memory beside weights and input, the result included", options, rows, measurements)
 
 
+def estimate(name: str, case: Case, options: argparse.Namespace, budget: int | str | None) -> int | None:
+    """Bytes that ComfyUI is told, result included; None for the others' models."""
+    if name == "reference":
+        return None
+    size = latents_of(case.frames), latent_side(case.height), latent_side(case.width)
+    dtype, encodes = getattr(torch, options.dtype), case.operation == "encode"
+    made = 0 if encodes else 3 * case.batch * case.frames * case.height * case.width * dtype.itemsize
+    return made + engine.working_memory(config(case.variant, options.widths), encodes, size, dtype,
+                                        torch.device(options.device), cvvae.Tiling(memory=budget))
+
+
 def row(size: str, measurement: dict) -> Row:
     budget = measurement["budget"]
     cells = {"model": measurement["variant"], "operation": measurement["operation"], "clip": size,
              "by": measurement["contender"],
              "budget": "" if measurement["contender"] == "reference" else
                        megabytes(budget) if isinstance(budget, int) else budget or "none"}
+    if measurement["estimated_bytes"] is not None:
+        cells["estimated"] = megabytes(measurement["estimated_bytes"])
     if "seconds" not in measurement:
         return cells | {"peak": "ended by the system"}
     difference = measurement["difference"]

@@ -1,6 +1,7 @@
 """The autoencoders people use: encode and decode whole clips, window by window and tile by tile."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from numbers import Integral
 
@@ -270,17 +271,17 @@ class Run:
         if statistics is None and self.tiling.statistics == "window" and len(self.plan.tiles) > 1:
             statistics = engine.Statistics()
             for tile in self.plan.tiles:
-                self._tile(x, tile, statistics)
+                self._tile(x, statistics, tile)
                 step()
             statistics.pool()
-        whole = _join(self.plan.tiles, 1 if self.encodes else SPACE_FACTOR,
-                      lambda tile: self._tile(x, tile, statistics), step)
+        # No closure: an error's frames keep theirs, and with it the window, for as long as the error is kept.
+        whole = _join(self.plan.tiles, 1 if self.encodes else SPACE_FACTOR, partial(self._tile, x, statistics), step)
         if self.vae.dtype == torch.float16 and not whole.isfinite().all() and x.isfinite().all():
             raise FloatingPointError(f"{'Encoding' if self.encodes else 'Decoding'} in float16 gave values that are not "
                                      "finite: these weights need a wider range. Load the model in bfloat16 or float32.")
         return whole
 
-    def _tile(self, x: Tensor, tile: Tile, statistics: engine.Statistics | None) -> Tensor:
+    def _tile(self, x: Tensor, statistics: engine.Statistics | None, tile: Tile) -> Tensor:
         rows, cols = ((span.pixels() if self.encodes else span.latents()) for span in (tile.rows, tile.cols))
         return self.vae._compute(self.network, x[..., rows, cols], x.shape[2] == 1, self.memory, self.check, statistics)
 

@@ -157,9 +157,12 @@ class NativeVAE(comfy.sd.VAE):
         clip = self.process_input(pixels[..., :3].movedim(-1, -4))
         if pixels.ndim == 4:
             clip = clip[None]
-        posterior = self._run(
-            lambda tiling, **callbacks: self.model.encode(clip, mode, device=self.device, tiling=tiling, **callbacks),
-            lambda tiling: self._bytes_encode(mode, clip.shape, self.vae_dtype, tiling), tiling, clip.shape[-2:])
+        try:
+            posterior = self._run(
+                lambda tiling, **callbacks: self.model.encode(clip, mode, device=self.device, tiling=tiling, **callbacks),
+                lambda tiling: self._bytes_encode(mode, clip.shape, self.vae_dtype, tiling), tiling, clip.shape[-2:])
+        finally:
+            clip = None  # a copy, which the host would keep with an error: see let_go
         latents = self._returned(posterior.mode())
         # Contiguous: a copy lets go of the log-variance, which shares the mode's memory.
         return (latents if pixels.ndim == 5 else latents[0].movedim(1, 0)).contiguous()
@@ -230,13 +233,13 @@ class NativeVAE(comfy.sd.VAE):
                     return compute(tiling, progress=Progress(),
                                    check=management.throw_exception_if_processing_interrupted)
             except FloatingPointError as error:
+                let_go(error)
                 raise ValueError(f"{error} Choose bf16 or fp32 in the Load CV-VAE node, and start ComfyUI without "
                                  "--fp16-vae.") from None
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                less = less_demanding(tiling, *size, free(self.device))
+            except BaseException as error:
+                less = less_demanding(tiling, *size, free(self.device)) if is_out_of_memory(error) else None
                 if less is None:
+                    let_go(error)
                     raise
             # Outside the except block: the exception keeps the tensors of the failed pass alive.
             management.soft_empty_cache()
@@ -266,14 +269,7 @@ class NativeVAE(comfy.sd.VAE):
         return self._bytes(False, (1 if mode == "image" else t, *shape[-2:]), dtype, tiling or WHOLE)
 
     def _bytes(self, encodes: bool, size: tuple[int, int, int], dtype: torch.dtype, tiling: Tiling) -> int:
-        """Bytes on the device for one tile's activations beside one window's frames."""
-        t, h, w = size
-        t = min(t, tiling.window or t)
-        side = tiling.tile_pixels // SPACE_FACTOR if tiling.tile_pixels else max(h, w)
-        tile = engine.footprint(self.model.config, encodes, (t, min(h, side), min(w, side)), dtype, self.device)
-        window = 3 * frames_of(t) * h * w * SPACE_FACTOR ** 2 * torch.float32.itemsize
-        memory = parse_memory(tiling.memory)
-        return (min(tile.peak(), memory) if isinstance(memory, int) else tile.peak()) + window
+        return engine.working_memory(self.model.config, encodes, size, dtype, self.device, tiling)
 
 
 # -- training ----------------------------------------------------------------------------------------
@@ -305,11 +301,7 @@ def all_memory():
     try:
         yield
     except BaseException as error:
-        # The frames an error went through hold the trainer, and the host keeps the error for a while.
-        cause = error
-        while cause is not None:
-            traceback.clear_frames(cause.__traceback__)
-            cause = cause.__cause__ or cause.__context__
+        let_go(error)
         raise
     finally:
         gc.collect()  # modules hold each other
@@ -361,7 +353,16 @@ class Progress:
         self.bar.update_absolute(done, total)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def let_go(error: BaseException) -> None:
+    """Free what the frames hold that ``error`` went through: the host keeps the error for a while."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+        return True
     management = comfy.model_management
     if hasattr(management, "is_oom"):  # since 0.17
         return management.is_oom(error)

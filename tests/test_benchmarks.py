@@ -154,6 +154,12 @@ class TestCommands:
         (found,) = json.loads((tmp_path / "memory.json").read_text())["measurements"]
         assert found["peak_bytes"] >= 0 and found["result_bytes"] == 4 * 3 * 5 * 16 * 16 and len(found["seconds"]) == 1
 
+    def test_what_comfyui_is_told_is_what_is_taken(self, tmp_path):
+        memory.main(["--widths", "32", "32", "64", "64", "--cases", "17x128x128", "--variant", "v1", "--memory", "none",
+                     "--device", "cpu", "--out", str(tmp_path)])
+        for found in json.loads((tmp_path / "memory.json").read_text())["measurements"]:
+            assert 0.75 <= found["estimated_bytes"] / found["peak_bytes"] <= 1.25, found
+
     def test_a_process_that_is_ended_gives_nothing(self):
         assert fresh.call(os._exit, 1) == {}
 

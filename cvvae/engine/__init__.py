@@ -14,9 +14,10 @@ from ..model import Decoder, Downsample, Encoder, ResnetBlock, SpatialAttention,
 from . import passes
 from .activation import Statistics
 from .executor import Executor, Weights, own_weights
-from .memory import Footprint, budget, fitting, footprint
+from .memory import Footprint, budget, fitting, footprint, working_memory
 
-__all__ = ["Footprint", "Statistics", "Weights", "budget", "fitting", "footprint", "knows", "own_weights", "run"]
+__all__ = ["Footprint", "Statistics", "Weights", "budget", "fitting", "footprint", "knows", "own_weights", "run",
+           "working_memory"]
 
 
 LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -51,7 +52,8 @@ def run(network: Encoder | Decoder, x: Tensor, stills: bool, memory: int | None,
     else:
         channels, widest = network.norm_out.num_channels, network.up[0].block[0].norm1.num_channels
         frames, height, width = frames if stills else frames_of(frames), 8 * height, 8 * width
-    tile = Footprint(frames, height, width, channels, widest, x.element_size(), x.device.type)
+    tile = Footprint(encodes, frames, height, width, channels, widest, network.mid.block_1.norm1.num_channels,
+                     x.element_size(), x.device.type)
     executor = Executor(*tile.plan(memory), stills, check, weights, statistics,
                         passes.compiled() if compiled else passes.EAGER)
     return executor.encode(network, x) if encodes else executor.decode(network, x)

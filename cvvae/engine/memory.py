@@ -25,10 +25,18 @@ STRIP_BYTES_ELSEWHERE = 256 * 10 ** 6
 LOW_STRIP = 8  # rows; in lower ones the rows that neighbours share cost too much
 LOW_STRIP_PICTURE = 4  # rows; as many as Winograd's method makes at once
 LOWEST_STRIP = 2  # rows; where memory is short
-SHALLOW = 12  # strips, with their borders, that are in flight while everything needed again is kept
+SHALLOW = 12  # strips, with their borders, that are in flight while everything needed again is kept; not on the CPU
+# There, by "encodes" and "is a picture": some layers where they are small, else so many bytes and a share of a layer, at
+# most so many bytes, because strips are no larger.
+IN_FLIGHT_CPU = {(True, True): (3.0, 92 * 10 ** 6, 0.0, 92 * 10 ** 6),
+                 (False, True): (4.5, 92 * 10 ** 6, 0.0, 92 * 10 ** 6),
+                 (True, False): (5.0, 100 * 10 ** 6, 1.75, 350 * 10 ** 6),
+                 (False, False): (6.0, 85 * 10 ** 6, 1.75, 240 * 10 ** 6)}
 DEEP = 13  # layers at full resolution that are in flight where it is not, each with some rows of several strips
 HOLES = 1 / 8  # of a budget, which the CPU's heap keeps between tensors it gave back
+HALF_ENCODER, HALF_DECODER = 1.2, 2.4  # times that in half precision, which a CPU's libraries convert from and to
 SCRATCH = 160 * 10 ** 6  # kernels being folded, and what the libraries set aside
+KERNELS_ENCODER, KERNELS_DECODER = 3, 6  # copies of the largest kernel that this amounts to on the CPU
 FREE_SHARE = 0.8  # of what is free on a GPU; other programs draw there too
 FREE_SHARE_CPU = 0.5
 SMALLEST_TILE = 128  # pixels; group norms and attention see too little in smaller ones
@@ -38,11 +46,13 @@ SMALLEST_TILE = 128  # pixels; group norms and attention see too little in small
 class Footprint:
     """One tile: frames, height and width in pixels, channels at full resolution, bytes per value."""
 
+    encodes: bool
     frames: int
     height: int
     width: int
     channels: int  # of the residual blocks
     widest: int  # what a decoder's last up-sampler brings there
+    deepest: int  # in the middle, where kernels are largest
     itemsize: int
     device: str
 
@@ -57,6 +67,14 @@ class Footprint:
 
     def peak(self) -> int:
         """Bytes taken when there is no limit."""
+        if self.device == "cpu":
+            layer = self.height * self.frames * self.width * self.channels * torch.float32.itemsize
+            layers, least, share, most = IN_FLIGHT_CPU[self.encodes, self.frames == 1]
+            in_flight = min(layers * layer, least + share * layer, most)
+            if self.itemsize < torch.float32.itemsize:
+                in_flight *= HALF_ENCODER if self.encodes else HALF_DECODER
+            kernels = KERNELS_ENCODER if self.encodes else KERNELS_DECODER
+            return int(self.kept() + in_flight + kernels * 27 * self.deepest ** 2 * self.itemsize)
         rows = min(self.height, self._rows_of(self._strip_bytes(), self._low()))
         return self.kept() + SCRATCH + SHALLOW * (rows + 2) * self.row
 
@@ -65,14 +83,14 @@ class Footprint:
 
         Then not even what the last up-sampler starts from (an eighth of its result) could be kept.
         """
-        return self._deep(LOWEST_STRIP) + self.kept() // 6
+        return min(self.peak(), self._deep(LOWEST_STRIP) + self.kept() // 6)
 
     def plan(self, memory: int | None) -> tuple[Callable[[int, int], int], int | None]:
         """How to compute within ``memory``: (frames, width) of a layer -> rows of a strip, and bytes to keep."""
+        if memory is not None and self.device == "cpu":
+            memory -= int(memory * HOLES)
         if memory is None or memory >= self.peak():
             return lambda frames, width: self._strip(frames, width, self._strip_bytes(), self._low()), None
-        if self.device == "cpu":
-            memory -= int(memory * HOLES)
         # As few rows in smaller layers too: there are many more of them, and what they hold adds up.
         rows = self._rows_of(min(self._strip_bytes(), memory // 250), LOWEST_STRIP)
         return lambda frames, width: rows, max(0, memory - self._deep(rows))
@@ -102,8 +120,23 @@ def footprint(config: Config, encodes: bool, size: tuple[int, int, int], dtype: 
     """Of a tile of ``size`` = t, h, w latents."""
     t, h, w = size
     widest = config.widths[0] if encodes else max(config.widths[:2])
-    return Footprint(frames_of(t), h * SPACE_FACTOR, w * SPACE_FACTOR, config.widths[0], widest, dtype.itemsize,
-                     device.type)
+    return Footprint(encodes, frames_of(t), h * SPACE_FACTOR, w * SPACE_FACTOR, config.widths[0], widest,
+                     config.widths[-1], dtype.itemsize, device.type)
+
+
+def working_memory(config: Config, encodes: bool, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device,
+                   tiling: Tiling) -> int:
+    """Bytes on ``device`` beside weights and result, to encode or decode ``size`` = t, h, w latents as ``tiling`` says.
+
+    One tile's activations, beside one window's frames.
+    """
+    t, h, w = size
+    t = min(t, tiling.window or t)
+    side = tiling.tile_pixels // SPACE_FACTOR if tiling.tile_pixels else max(h, w)
+    tile = footprint(config, encodes, (t, min(h, side), min(w, side)), dtype, device).peak()
+    memory = parse_memory(tiling.memory)
+    window = 3 * frames_of(t) * h * w * SPACE_FACTOR ** 2 * torch.float32.itemsize
+    return (min(tile, memory) if isinstance(memory, int) else tile) + window
 
 
 def budget(memory: int | str | None, device: torch.device) -> int | None:
