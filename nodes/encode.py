@@ -3,6 +3,7 @@
 from comfy_api.v0_0_2 import io
 
 from .common import CATEGORY, IMAGES, MODES, VIDEO, make_tiling, require_cv_vae, tiling_inputs
+from .media import media_input, read_media
 
 FRAMES_AS_BATCH, CLIP = "frames as batch [t, C, h, w]", "clip [1, C, t, h, w]"
 AS_LOADED = "as loaded"
@@ -19,7 +20,8 @@ class CVVAEEncode(io.ComfyNode):
                         "with the last frame and other sizes with their edge; CV-VAE Decode cuts that off again.",
             search_aliases=["cvvae", "video to latent", "vae encode video"],
             inputs=[
-                io.Image.Input("pixels", tooltip="The frames of one clip in their order, or pictures."),
+                media_input("pixels", "A video, the frames of one clip in their order, or pictures. Of a video CV-VAE "
+                                      "Decode gets the speed and the sound as well."),
                 io.Vae.Input("vae", tooltip="A CV-VAE from Load CV-VAE."),
                 io.Combo.Input("mode", options=[AS_LOADED, *MODES], default=AS_LOADED,
                                tooltip=f"'{VIDEO}': four frames share a latent. '{IMAGES}': each frame has a latent "
@@ -36,10 +38,12 @@ class CVVAEEncode(io.ComfyNode):
     def execute(cls, pixels, vae, mode: str, layout: str, **cut) -> io.NodeOutput:
         vae = require_cv_vae(vae, "For other VAEs use ComfyUI's own node VAE Encode.")
         mode = MODES.get(mode, vae.batch_is)
-        latents = vae.encode_clip(pixels, mode, make_tiling(**cut))
+        media = read_media(pixels)
+        latents = vae.encode_clip(media.images, mode, make_tiling(**cut))
         if layout == CLIP:
             latents = latents.movedim(0, 1)[None]
-        frames, height, width = pixels.shape[:3]
+        frames, height, width = media.images.shape[:3]
         # For CV-VAE Decode; samplers and most latent nodes pass it on.
         origin = {"mode": mode, "frames": frames, "height": height, "width": width}
+        origin |= {key: value for key, value in (("fps", media.fps), ("sound", media.sound)) if value is not None}
         return io.NodeOutput({"samples": latents, "cv_vae": origin})

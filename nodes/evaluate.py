@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import cvvae
 from .common import TRAINING_CATEGORY, as_image, image_vae_input, image_vae_of, require_cv_vae, teacher_input
 from .host import NativeVAE, all_memory, check_cancelled, training_device, weights_of
+from .media import media_input, read_media
 
 NONE = "none"
 
@@ -24,7 +25,7 @@ class CVVAEEvaluate(io.ComfyNode):
             search_aliases=["cvvae", "psnr", "ssim", "vae quality"],
             inputs=[
                 io.Vae.Input("vae", tooltip="The CV-VAE to measure."),
-                io.Image.Input("images", tooltip="The frames of one clip in their order."),
+                media_input("images", "A video, or the frames of one clip in their order."),
                 teacher_input("The image VAE to compare with: the one this CV-VAE was made of. 'none' measures the "
                               "reconstruction only.", NONE),
                 io.Int.Input("frames", default=33, min=0, max=4096,
@@ -41,7 +42,7 @@ class CVVAEEvaluate(io.ComfyNode):
         from ..cvvae.training.pictures import clip_sheet  # here, so that ComfyUI starts without waiting for PyAV
 
         vae = require_cv_vae(vae, "Image VAEs are what it is compared with: connect them to image_vae.")
-        images = images[:frames or None]
+        images = read_media(images).images[:frames or None]
         with all_memory():
             compared = image_vae_of(teacher, image_vae) if image_vae is not None or teacher != NONE else None
             evaluation = measured(vae, compared, images)

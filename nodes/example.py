@@ -1,5 +1,6 @@
 """CV-VAE Example Media: the clip and the picture that come with the pack, so that its workflows run as they are."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from .common import CATEGORY
+from .media import make_video
 
 FOLDER = Path(__file__).parent.parent / "workflows" / "media"
 FILES = {"flower clip (33 frames)": "flower.mp4", "cat photo": "cat.jpg", "goats clip (33 frames)": "goats.mp4",
@@ -26,7 +28,8 @@ class CVVAEExample(io.ComfyNode):
             inputs=[io.Combo.Input("media", options=list(FILES),
                                    tooltip="Which clip or picture to load. Change it to see other motion: the flower "
                                            "opens slowly, the bee moves fast.")],
-            outputs=[io.Image.Output(display_name="images"), io.Float.Output(display_name="fps")],
+            outputs=[io.Image.Output(display_name="images"), io.Float.Output(display_name="fps"),
+                     io.Video.Output(display_name="video")],
         )
 
     @classmethod
@@ -35,5 +38,6 @@ class CVVAEExample(io.ComfyNode):
 
         path = FOLDER / FILES[media]
         frames = np.stack([frame.pixels for frame in read_frames(path)])
-        fps = float(probe(path).fps) if len(frames) > 1 else 1.0
-        return io.NodeOutput(torch.from_numpy(frames).float() / 255, fps)
+        fps = probe(path).fps if len(frames) > 1 else Fraction(1)
+        images = torch.from_numpy(frames).float() / 255
+        return io.NodeOutput(images, float(fps), make_video(images, fps))

@@ -3,6 +3,7 @@
 from comfy_api.v0_0_2 import io
 
 from .common import TRAINING_CATEGORY, image_vae_input, teacher_input
+from .media import media_input, read_media
 from .presets import DEMONSTRATION, PRESETS
 
 
@@ -46,9 +47,8 @@ class CVVAEFinetune(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False, advanced=True,
                              tooltip="Which clips are drawn when. Change it, together with the name, to see how much of a "
                                      "result is chance."),
-                io.Image.Input("images", optional=True,
-                               tooltip="Frames of one clip in their order, to train on beside the folder. If it is long "
-                                       "enough, its last frames are held out to measure on."),
+                media_input("images", "A video, or the frames of one clip in their order, to train on beside the folder. If "
+                                      "it is long enough, its last frames are held out to measure on.", optional=True),
                 image_vae_input(),
                 io.Vae.Input("cv_vae", optional=True,
                              tooltip="A CV-VAE to go on from, in the latent space of the image VAE; load it in fp32. "
@@ -65,5 +65,6 @@ class CVVAEFinetune(io.ComfyNode):
         from .training import finetune  # here, so that ComfyUI starts without waiting for the trainer and PyAV
 
         node_id = cls.hidden.unique_id if cls.hidden else None
+        images = None if images is None else read_media(images).images
         return io.NodeOutput(*finetune(folder, PRESETS[preset], steps, learning_rate, teacher, run, resume, seed, images,
                                        image_vae, cv_vae, node_id))

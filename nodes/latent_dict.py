@@ -112,6 +112,8 @@ def changed(operation: Operation, sources: Sequence[Latents], curve: str | None 
                           "clips. Turn the first into a clip with CV-VAE Latent Layout.")
     length, mode = clips.shape[2], mode or first.mode
     latent = {**first.source, "samples": _layout(clips, first.as_batch)}
+    if "cv_vae" in latent:  # its sound belongs to frames that are now elsewhere
+        latent["cv_vae"] = {key: value for key, value in latent["cv_vae"].items() if key != "sound"}
     if (masks := _masks(sources)) is not None:
         constant = len(masks) == 1 and masks[0].shape[2] == 1
         mask = masks[0] if constant else operation(_all_latents(masks, sources), LERP)[:, :, :length]

@@ -4,15 +4,21 @@ import importlib.util
 import json
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 from comfy_host import Host, make_base
 
 
-def names_of_checks(script: Path) -> list[str]:
+def load_checks(script: Path) -> ModuleType:
+    """``script`` as a module, without the host."""
     spec = importlib.util.spec_from_file_location(f"host_{script.stem}", script)
     contract = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(contract)
-    return list(contract.CHECKS)
+    return contract
+
+
+def names_of_checks(script: Path) -> list[str]:
+    return list(load_checks(script).CHECKS)
 
 
 def run_checks(script: Path, host: Host, base: Path) -> dict[str, dict]:

@@ -136,21 +136,6 @@ def inflate_equals_the_library():
 
 
 @check
-def inflate_takes_the_hosts_image_vae():
-    """One that the host loaded itself, of the size that it knows."""
-    import comfy.sd
-
-    torch = host.torch
-    with torch.device("meta"):
-        names = host.cvvae.ImageVAE(host.cvvae.Config("image", 4, (128, 256, 512, 512), 2)).state_dict()
-    state = {name: torch.full(tensor.shape, 0.01) for name, tensor in names.items()}
-    vae = run("CVVAEInflate", image_vae=comfy.sd.VAE(sd=state))[0]
-    assert model_of(vae).config.widths == (128, 256, 512, 512) and vae.latent_channels == 4
-    first = model_of(vae).encoder.conv_in.weight
-    assert torch.allclose(first.sum(2), torch.tensor(0.01)) and first.dtype == torch.float32
-
-
-@check
 def finetune_equals_the_library_and_native_nodes_take_the_result():
     drawn_next = host.torch.get_rng_state()
     vae, loss_map, name, plot = finetune("library")

@@ -2,11 +2,13 @@
 
 import copy
 import shutil
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 from comfy_host import REPOSITORY
+from drawn import write_video
 
 from cvvae.checkpoint import BUILT_IN
 from cvvae.download import PUBLISHED
@@ -18,8 +20,9 @@ NODES = {
     "CVVAELoader": (["vae_name", "batch_is", "dtype"], ["VAE"]),
     "CVVAEDownload": (["weights"], ["COMBO"]),
     "CVVAEEncode": (["pixels", "vae", "mode", "layout", "window", "tile", "overlap", "memory", "pieces"], ["LATENT"]),
-    "CVVAEDecode": (["samples", "vae", "mode", "frames", "window", "tile", "overlap", "memory", "pieces"], ["IMAGE"]),
-    "CVVAEExample": (["media"], ["IMAGE", "FLOAT"]),
+    "CVVAEDecode": (["samples", "vae", "mode", "frames", "window", "tile", "overlap", "memory", "pieces", "fps"],
+                    ["IMAGE", "VIDEO"]),
+    "CVVAEExample": (["media"], ["IMAGE", "FLOAT", "VIDEO"]),
     "CVVAESave": (["vae", "name", "dtype", "description"], []),
 }
 TRAINING_NODES = {
@@ -44,6 +47,7 @@ LATENT_NODES = {
     "CVVAEFrameCalculator": (["start_from", "amount", "fps", "batch_is"], ["INT", "INT", "FLOAT", "INT", "FLOAT"]),
 }
 CATEGORIES = {"CV-VAE": NODES, "CV-VAE/training": TRAINING_NODES, "CV-VAE/latent": LATENT_NODES}
+PIECES = {"window": 17, "tile": 576, "overlap": 128}
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN", "COMFY_DYNAMICCOMBO_V3")
 
 
@@ -137,6 +141,21 @@ def test_video_round_trip(server, workflows):
     both = frames_of(saved_by(files, workflow, "Source and clip side by side"))
     assert both.shape == (33, 160, 424, 3)
     assert psnr(both[:, :, :208], source) > 30 and psnr(both[:, :, -208:], source) > ENOUGH
+
+
+def test_a_video_keeps_its_speed_and_its_sound(server):
+    """VIDEO sockets all the way: Load Video, encode, decode, Save Video."""
+    write_video(server.base / "input" / "film.mp4", 10, 48, 64, Fraction(24000, 1001), sound=True)
+    run = {"1": ("LoadVideo", {"file": "film.mp4"}),
+           "2": ("CVVAELoader", {"vae_name": "tiny (built in)", "batch_is": "video clip", "dtype": "fp32"}),
+           "3": ("CVVAEEncode", {"pixels": ["1", 0], "vae": ["2", 0], "mode": "as loaded", **PIECES,
+                                 "layout": "frames as batch [t, C, h, w]"}),
+           "4": ("CVVAEDecode", {"samples": ["3", 0], "vae": ["2", 0], "mode": "auto", "frames": 0, **PIECES}),
+           "5": ("SaveVideo", {"video": ["4", 1], "filename_prefix": "film", "format": "auto", "codec": "auto"})}
+    [path] = server.run({key: {"class_type": node, "inputs": inputs} for key, (node, inputs) in run.items()})["5"]
+    with av.open(str(path)) as file:
+        assert file.streams.audio and file.streams.video[0].average_rate == Fraction(2997, 125)
+    assert frames_of(path).shape == (10, 48, 64, 3)
 
 
 def test_finetune(server, workflows):
