@@ -1,9 +1,9 @@
 """A real ComfyUI to test in: found, given a temporary base directory with the pack in it, and started.
 
-COMFYUI_PATH (default ~/ComfyUI) is the newest host, COMFYUI_OLDEST_PATH (default ~/ComfyUI-0.11) the oldest
-supported one.  A host runs under its own .venv; the oldest shares the newest's where it has none, and
-both share this interpreter where there is none at all.  The repository never gets onto a host's sys.path: its
-nodes/ would hide ComfyUI's nodes.py.
+COMFYUI_PATH (default ~/ComfyUI) is the newest host.  COMFYUI_OLDEST_PATH, where it is set, is the oldest supported
+one: the tests then run in both, which takes twice as long (scripts/host_matrix.py goes through many).  A host runs
+under its own .venv; the oldest shares the newest's where it has none, and both share this interpreter where there is
+none at all.  The repository never gets onto a host's sys.path: its nodes/ would hide ComfyUI's nodes.py.
 """
 
 import json
@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-HOSTS = {"newest": ("COMFYUI_PATH", "~/ComfyUI"), "oldest": ("COMFYUI_OLDEST_PATH", "~/ComfyUI-0.11")}
+PATHS = {"newest": os.environ.get("COMFYUI_PATH", "~/ComfyUI"), "oldest": os.environ.get("COMFYUI_OLDEST_PATH")}
+HOSTS = [which for which, path in PATHS.items() if path]
 
 
 class Host:
@@ -43,14 +44,13 @@ def find_host(which: str) -> Host:
     """The host, or skip the test."""
     path = _path(which)
     if not (path / "main.py").exists():
-        pytest.skip(f"no ComfyUI ({which} host) at {path}; set {HOSTS[which][0]}")
+        pytest.skip(f"no ComfyUI ({which} host) at {path}; set COMFYUI_{'OLDEST_' * (which == 'oldest')}PATH")
     pythons = [_path(name) / ".venv" / "bin" / "python" for name in (which, "newest")]
     return Host(path, next((python for python in pythons if python.exists()), Path(sys.executable)))
 
 
 def _path(which: str) -> Path:
-    variable, default = HOSTS[which]
-    return Path(os.environ.get(variable, default)).expanduser()
+    return Path(PATHS[which]).expanduser()
 
 
 def make_base(folder: Path, pack_name: str) -> Path:

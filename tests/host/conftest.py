@@ -6,7 +6,7 @@ import pytest
 from comfy_host import HOSTS, REPOSITORY, Host, Server, find_host, make_base
 
 
-@pytest.fixture(scope="session", params=list(HOSTS))
+@pytest.fixture(scope="session", params=HOSTS)
 def host(request) -> Host:
     return find_host(request.param)
 

@@ -1,4 +1,4 @@
-"""Every check of the contract scripts as a test, on the newest and on the oldest supported ComfyUI."""
+"""Every check of the contract scripts as a test."""
 
 from collections.abc import Callable
 from functools import cache
