@@ -15,7 +15,8 @@ BROWSERS = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-c
 SEARCH = "Add a node..."  # what the empty search box says
 RUN = 120_000  # milliseconds that a run may take on a slow machine
 
-READY = """() => window.app?.graph && window.app.vueAppReady !== false
+# A mask covers the page while it starts, and would stay there for good if something was dropped before it is gone.
+READY = """() => window.app?.graph && window.app.vueAppReady !== false && !document.querySelector(".p-blockui-mask")
     && document.querySelector("[data-testid=queue-button]")?.checkVisibility()"""
 DROP = """([name, text]) => {
     const files = new DataTransfer();
@@ -202,7 +203,7 @@ def start_browser(server: Server, folder: Path):
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 2400, "height": 1400})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(30_000)
         interface = WebInterface(page, server, folder)
         interface.open()
         yield interface
