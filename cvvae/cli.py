@@ -1,4 +1,4 @@
-"""The command line: reconstruct, encode, decode, info, inflate, download, prepare, train, evaluate, encode-dataset."""
+"""The command line: see ``python -m cvvae --help``."""
 
 import argparse
 import json
@@ -160,6 +160,29 @@ def _train(options) -> None:
     from .training.trainer import Trainer
 
     trainer = Trainer(read_config(options.config, options.overrides), options.resume)
+    path = _follow(trainer)
+    if trainer.group.leads and trainer.skip_report.count:
+        print(f"{trainer.skip_report.count} files could not be used; {trainer.skip_report.path} says why.")
+    _finish(trainer, path)
+
+
+def _adapt(options) -> None:
+    from .adaptation.command import make_trainer
+    from .adaptation.config import read_config
+
+    with tqdm(unit="clip", desc="conditions", dynamic_ncols=True) as bar:
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        trainer = make_trainer(read_config(options.config, options.overrides), options.resume, report)
+    _finish(trainer, _follow(trainer))
+    if trainer.group.leads:
+        print("Put it into ComfyUI's models/loras and load it with LoraLoaderModelOnly, strength 1.")
+
+
+def _follow(trainer) -> Path:
+    """Train with a progress bar; returns the path of the result."""
     trainer.stop_on_signals()
     total = trainer.config.optim.steps
     with tqdm(total=total, initial=trainer.step, unit="step", dynamic_ncols=True, disable=not trainer.group.leads) as bar:
@@ -169,19 +192,21 @@ def _train(options) -> None:
 
         path = trainer.run(report)
     trainer.group.close()
-    if not trainer.group.leads:
-        return
-    if trainer.step < total:
+    if trainer.group.leads and trainer.step < total:
         print(f"Stopped at step {trainer.step} of {total}; go on with --resume.")
-    if trainer.skip_report.count:
-        print(f"{trainer.skip_report.count} files could not be used; {trainer.skip_report.path} says why.")
-    print(f"{path}: " + ", ".join(f"{name} {value}" for name, value in _shown(trainer.scores).items()))
+    return path
+
+
+def _finish(trainer, path: Path) -> None:
+    if trainer.group.leads:
+        print(f"{path}: " + ", ".join(f"{name} {value}" for name, value in _shown(trainer.scores).items()))
 
 
 def _shown(scores: dict[str, float]) -> dict[str, str]:
     """The few that fit beside a progress bar."""
     names = {"psnr": "PSNR", "compatibility_psnr": "compatibility"}
-    return {title: f"{scores[name]:.2f} dB" for name, title in names.items() if name in scores}
+    shown = {title: f"{scores[name]:.2f} dB" for name, title in names.items() if name in scores}
+    return shown | {f"held_out_{name}": f"{scores[name]:.4f}" for name in ("loss", "unadapted") if name in scores}
 
 
 def _download_lpips(options) -> None:
@@ -419,6 +444,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", help="looked through with the folders in it")
     sub.add_argument("output", help="the manifest, a .csv to name in data.sources; paths in it count from its folder")
     sub = command("train", _train, "Train a video VAE under the image VAE's eye (or an image VAE).", model=False)
+    sub.add_argument("config")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.steps=200")
+    sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.out")
+    sub = command("adapt", _adapt, "Train a sampler of ComfyUI to make the latents of a folder that encode-dataset wrote.",
+                  model=False)
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.steps=200")
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.out")

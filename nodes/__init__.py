@@ -2,6 +2,7 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from .adapt import CVVAEAdapt
 from .calculator import CVVAEFrameCalculator
 from .decode import CVVAEDecode
 from .download import CVVAEDownload
@@ -21,7 +22,7 @@ from .save import CVVAESave
 
 class CVVAEExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [CVVAELoader, CVVAEEncode, CVVAEDecode, CVVAEExample, CVVAEInflate, CVVAEFinetune, CVVAELossPlot,
+        return [CVVAELoader, CVVAEEncode, CVVAEDecode, CVVAEExample, CVVAEInflate, CVVAEFinetune, CVVAEAdapt, CVVAELossPlot,
                 CVVAEEvaluate, CVVAESave, CVVAEInterpolateLatents, CVVAETrimLatents, CVVAEResampleLatents,
                 CVVAEJoinLatents, CVVAEInsertLatents, CVVAELatentLayout, CVVAELatentStatistics, CVVAENormalizeLatents,
                 CVVAEEmptyLatents, CVVAEFrameCalculator, CVVAEDownload, CVVAEPreviewLatents]

@@ -287,6 +287,11 @@ def weights_of(vae: comfy.sd.VAE) -> keys.State:
                 for name, tensor in vae.get_sd().items()}
 
 
+def with_lora(model, path):
+    """``model`` with the LoRA file ``path`` at strength 1, as the host's own loader does it."""
+    return comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(path), safe_load=True), 1.0, 0)[0]
+
+
 def training_device() -> tuple[str, str]:
     """Where the host computes, and the precision that suits training there: "bf16" or "fp32"."""
     device = comfy.model_management.get_torch_device()

@@ -225,13 +225,18 @@ class Progress:
         """Leave the scores and the last preview on the node, and what went wrong in the log."""
         trainer = self.trainer
         self.bar.update_absolute(self.steps, self.steps, self.preview())
-        done = f"step {trainer.step}/{self.steps}"
-        if trainer.scores:
-            done += (f", held-out clips {cell(trainer.scores, 'psnr')} dB "
-                     f"(image VAE {cell(trainer.scores, 'image_vae_psnr')} dB)")
+        done = f"step {trainer.step}/{self.steps}{self.scores()}"
         show_text(done, self.node_id)
         log.info("CV-VAE: %s; everything is in %s.", done, trainer.out)
-        skipped = trainer.skip_report
+        self.warn()
+
+    def scores(self) -> str:
+        scores = self.trainer.scores
+        return (f", held-out clips {cell(scores, 'psnr')} dB (image VAE {cell(scores, 'image_vae_psnr')} dB)" if scores
+                else "")
+
+    def warn(self) -> None:
+        skipped = self.trainer.skip_report
         if skipped.count:
             log.warning("CV-VAE: %d files could not be used; %s says why.", skipped.count, skipped.path)
 

@@ -49,6 +49,10 @@ class Group:
         dist.all_gather_object(values, value)
         return values
 
+    def wait(self) -> None:
+        """For every process to come here."""
+        self.gathered(None)
+
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()

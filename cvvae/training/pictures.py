@@ -143,7 +143,10 @@ def loss_plot(losses_csv: str | os.PathLike, validation_csv: str | os.PathLike |
         panels.append(_training_panel("Training losses, signed", signed, log=False))
     if validation_csv is not None and Path(validation_csv).exists():
         scores = _read_columns(validation_csv)
-        panels.append(plot({name: scores[name] for name in VALIDATION if name in scores}, "Validation", "PSNR, dB"))
+        if "unadapted" in scores:  # of a sampler's adaptation
+            panels.append(plot({name: scores[name] for name in ("loss", "unadapted")}, "Held-out clips", "loss", log=True))
+        else:
+            panels.append(plot({name: scores[name] for name in VALIDATION if name in scores}, "Validation", "PSNR, dB"))
     return stacked(panels)
 
 
