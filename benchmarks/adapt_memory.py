@@ -14,6 +14,7 @@ import weakref
 from pathlib import Path
 
 import torch
+from torch import autocast
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -91,7 +92,7 @@ def step(train: str, checkpointing: bool, options: argparse.Namespace) -> tuple[
         sigma, noise = torch.ones(1), torch.empty_like(latents)
         gc.collect()
         with Alive() as alive:
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast("cpu", torch.bfloat16):
                 loss = objective.loss(latents, told, sigma, noise)
             loss.backward()
     states = 4 * 4 * count  # both moments of AdamW, the moving average, and the difference itself

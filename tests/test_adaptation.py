@@ -12,6 +12,7 @@ import pytest
 import torch
 from random_weights import noise
 from torch import nn
+from torch.nn import Conv2d, GroupNorm, Linear
 
 import cvvae
 from cvvae.adaptation.adapter import Adapter
@@ -62,9 +63,9 @@ class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(4, 8, 3, padding=1)])])
-        self.time_stack = nn.ModuleDict({"q": nn.Linear(8, 8)})
-        self.out = nn.Sequential(nn.GroupNorm(4, 8), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1))
+        self.input_blocks = nn.ModuleList([nn.ModuleList([Conv2d(4, 8, 3, padding=1)])])
+        self.time_stack = nn.ModuleDict({"q": Linear(8, 8)})
+        self.out = nn.Sequential(GroupNorm(4, 8), nn.SiLU(), Conv2d(8, 4, 3, padding=1))
 
     def forward(self, x):
         x = self.input_blocks[0][0](x)
