@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 from comfy_host import REPOSITORY
+from PIL import Image
 from workflow_models import wrong_models
 
 from cvvae.download import PUBLISHED
@@ -32,6 +33,32 @@ def test_nodes_do_not_overlap(workflow):
     for (a, ax, ay, aw, ah), (b, bx, by, bw, bh) in itertools.combinations(boxes, 2):
         apart = ax + aw <= bx or bx + bw <= ax or ay + ah <= by - TITLE or by + bh <= ay - TITLE
         assert apart, f"{a} and {b} overlap"
+
+
+def test_every_node_is_in_one_group(workflow):
+    groups = [(group["title"], *group["bounding"]) for group in workflow["groups"]]
+    for (a, ax, ay, aw, ah), (b, bx, by, bw, bh) in itertools.combinations(groups, 2):
+        assert ax + aw <= bx or bx + bw <= ax or ay + ah <= by or by + bh <= ay, f"groups {a} and {b} overlap"
+    for node in workflow["nodes"]:
+        (left, top), (width, height) = node["pos"], node["size"]
+        around = [title for title, x, y, w, h in groups
+                  if x <= left and left + width <= x + w and y <= top - TITLE and top + height <= y + h]
+        assert len(around) == 1, f"{node['type']} {node['id']} is in {around}"
+
+
+def test_wires_run_to_the_right(workflow):
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for _, source, _, target, _, _ in workflow["links"]:
+        assert nodes[source]["pos"][0] <= nodes[target]["pos"][0], f"{nodes[source]['type']} to {nodes[target]['type']}"
+
+
+def test_the_template_browser_has_something_to_show(request, workflow):
+    """It shows the picture of the same name, square; the description is for those who read files."""
+    assert workflow["extra"]["info"]["description"].endswith(".")
+    path = REPOSITORY / "workflows" / f"{request.node.callspec.params['workflow']}.jpg"
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG" and picture.width == picture.height >= 400
+    assert path.stat().st_size < 100_000
 
 
 def test_nodes_say_where_they_come_from(workflow):
