@@ -69,7 +69,7 @@ class Server:
 
     def __init__(self, host: Host, base: Path):
         self.host, self.base = host, base
-        [pack] = (base / "custom_nodes").iterdir()
+        [pack] = (path for path in (base / "custom_nodes").iterdir() if path.resolve() == REPOSITORY)
         self.pack = pack.name
         self.log = base / "server.log"
         with socket.socket() as free:

@@ -15,6 +15,7 @@ def host(request) -> Host:
 def server(host, tmp_path_factory):
     base = tmp_path_factory.mktemp("server")
     make_base(base, "comfyui-cv-vae-main")  # as an archive unpacks; nothing may rely on the folder's name
+    (base / "custom_nodes" / "stand_ins").symlink_to(REPOSITORY / "tests" / "host" / "stand_ins", target_is_directory=True)
     server = Server(host, base)
     try:
         server.wait_until_up()
