@@ -8,7 +8,8 @@ import pytest
 from host_checks import names_of_checks, run_checks
 
 FOLDER = Path(__file__).parent
-SCRIPTS = ("contract", "contract_training", "contract_latents", "contract_weights", "contract_native", "contract_adaptation")
+SCRIPTS = ("contract", "contract_training", "contract_latents", "contract_weights", "contract_native", "contract_samplers",
+           "contract_adaptation")
 CHECKS = [(script, name) for script in SCRIPTS for name in names_of_checks(FOLDER / f"{script}.py")]
 
 
