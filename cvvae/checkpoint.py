@@ -7,6 +7,7 @@ Pickles are read by ``torch.load(weights_only=True)`` only, so nothing in them i
 import json
 import os
 import pickle
+import secrets
 from functools import lru_cache
 from pathlib import Path
 
@@ -105,7 +106,8 @@ def save(vae: Autoencoder, path: str | os.PathLike, dtype: torch.dtype | None = 
 def write_whole(path: str | os.PathLike, write) -> None:
     """Call ``write(temporary path)`` and rename the result to ``path``; nothing half-written keeps that name."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial{os.getpid()}")
+    # A token, because processes in containers, which share a folder, have the same numbers.
+    partial = path.with_name(f".{path.name}.partial{os.getpid()}-{secrets.token_hex(4)}")
     try:
         partial.touch()
         mode = partial.stat().st_mode  # what the user's umask gives; safetensors writes for the owner only
