@@ -370,7 +370,7 @@ class TestInterpolation:
         assert interpolation.held_out_psnr(guess, clip) < 12
 
     def test_a_run(self, tmp_path):
-        pytest.importorskip("matplotlib")
+        pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
         interpolation.main(["--clips", str(MEDIA), "--frames", "5", "--strides", "1", "--size", "32", "--device", "cpu",
                             "--out", str(tmp_path)])
         measurements = json.loads((tmp_path / "interpolation.json").read_text())["measurements"]
