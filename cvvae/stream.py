@@ -77,23 +77,39 @@ def reconstruct(vae: VideoVAE, source: str | Path, target: str | Path, step: Ste
 
     with VideoWriter(target, probe(source).fps, audio_from=source) as writer:
         latents = count(vae.encode_stream(_parts(remember(read_frames(source))), step))
-        for clip in vae.decode_stream(latents, step):
+        for clip in _split(vae.decode_stream(latents, step)):
+            if not pending:
+                continue  # all of it is what encode padded
             height, width, _ = shape = pending[0].pixels.shape
-            clip = clip[:, :, :len(pending), :height, :width]  # drops what encode padded
+            clip = clip[:, :, :len(pending), :height, :width]
             originals = [pending.popleft() for _ in range(clip.shape[2])]
             decoded = to_frames(clip)
+            del clip
             for frame, pixels in zip(originals, decoded, strict=True):
                 writer.write(pixels, frame.time)
-            a, b = to_clip(decoded), to_clip([frame.pixels for frame in originals])
-            squared_error += metrics.mse(a, b) * len(originals)
-            if min(height, width) >= metrics.SSIM_WINDOW:
-                similarity += metrics.ssim(a, b) * len(originals)
+            error, likeness = _compared(decoded, [frame.pixels for frame in originals])
+            squared_error += error * len(originals)
+            similarity += likeness * len(originals)
             written += len(originals)
     height, width, _ = shape
     latent_shape = (vae.config.latent_channels, latent_frames, latent_side(height), latent_side(width))
     return Report(written, height, width, latent_shape, metrics.decibels(squared_error / written),
                   similarity / written if min(height, width) >= metrics.SSIM_WINDOW else math.nan,
                   time.monotonic() - started)
+
+
+def _split(clips: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Clips in parts of a few frames.  None is kept while the next one is computed: that is when memory is scarce."""
+    for clip in clips:
+        for start in range(0, clip.shape[2], PART):
+            yield clip[:, :, start:start + PART]
+        del clip
+
+
+def _compared(decoded: np.ndarray, originals: list[np.ndarray]) -> tuple[float, float]:
+    """Mean squared error and SSIM of frames; SSIM 0 for those too small for its window."""
+    a, b = to_clip(decoded), to_clip(originals)
+    return metrics.mse(a, b), metrics.ssim(a, b) if min(a.shape[-2:]) >= metrics.SSIM_WINDOW else 0.0
 
 
 def encode_file(vae: VideoVAE, source: str | Path, step: Step | None = None) -> LatentClip:
