@@ -9,9 +9,9 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .frames import SPACE_FACTOR
+from .training.data import covering
 from .training.media import Media
 from .video import VideoError
 
@@ -138,12 +138,8 @@ def _resized(pixels: np.ndarray, settings: Settings) -> np.ndarray:
     height, width = settings.height, settings.width
     if not height or pixels.shape[:2] == (height, width):
         return pixels
-    scale = max(height / pixels.shape[0], width / pixels.shape[1])
-    sides = max(height, round(pixels.shape[0] * scale)), max(width, round(pixels.shape[1] * scale))
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    image = F.interpolate(image, sides, mode="bilinear", antialias=True)[0]
-    top, left = (sides[0] - height) // 2, (sides[1] - width) // 2
-    return image[:, top:top + height, left:left + width].permute(1, 2, 0).numpy()
+    return covering(image, height, width)[0].permute(1, 2, 0).numpy()
 
 
 def _caption(media: Media) -> str:

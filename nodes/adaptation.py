@@ -27,13 +27,11 @@ from ..cvvae.adaptation.trainer import AdaptationTrainer
 from ..cvvae.checkpoint import write_whole
 from ..cvvae.dataset import LatentDataset, Settings, encode_dataset
 from ..cvvae.frames import frames_of
-from ..cvvae.training import TrainingError
 from ..cvvae.training.config import ConfigError
 from ..cvvae.training.pictures import loss_plot
-from ..cvvae.training.runfolder import Checkpoints
 from .common import as_image, inside, require_cv_vae, runs_folder
 from .host import all_memory, check_cancelled, show_text, training_device, weights_of, with_lora
-from .training import ENOUGH, HELD_OUT, Progress, find_folder, read_losses
+from .training import ENOUGH, HELD_OUT, Progress, find_folder, has_begun, read_losses, run_trainer
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +53,7 @@ def adapt(model, folder: str, train: str, steps: int, learning_rate: float, run:
     # Nodes run in inference mode: what is trained must not come from there.  The trainer seeds torch, and the host draws
     # from it too.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        begun = bool(Checkpoints(out / "checkpoints", 1).files())
-        if begun and not resume:
-            raise ConfigError(f"There is a run {run!r} already, in {out}. Switch resume on to go on with it, or choose "
-                              "another name.")
+        begun = has_begun(out, run, resume)
         sampler = Sampler(model)
         device, _ = training_device()
         with all_memory():
@@ -75,7 +70,9 @@ def adapt(model, folder: str, train: str, steps: int, learning_rate: float, run:
             del vae
         config = make_config(out, data, latents, train, rank, steps, learning_rate, seed, settings)
         with all_memory():
-            learn(config, sampler, begun, node_id)
+            run_trainer(lambda: AdaptationTrainer(config, sampler, out / "conditioning", begun), AdaptationProgress, begun,
+                        node_id, "choose fewer latents, a smaller width and height, or the output layer",
+                        "run.out is 'run', run.seed 'seed', model.train 'train', data.frames 'latents'")
     name = keep(out / "adapter.safetensors", run)
     plot = as_image(loss_plot(out / "losses.csv", out / "validation.csv"))
     return with_lora(model, out / "adapter.safetensors"), name, {"loss": read_losses(out / "losses.csv")}, plot
@@ -126,23 +123,6 @@ def make_config(out: Path, data: LatentDataset, latents: int, train: str, rank: 
                       save_every=every, validate_every=every, name=f"Adapted to CV-VAE in ComfyUI as {out.name}"))
     check(config)
     return config
-
-
-def learn(config: AdaptConfig, sampler: Sampler, resume: bool, node_id: str | None) -> None:
-    """In a function of its own, so that the trainer is gone when it returns."""
-    try:
-        trainer = AdaptationTrainer(config, sampler, Path(config.run.out) / "conditioning", resume)
-        if resume:
-            log.info("CV-VAE: going on with %s at step %d.", config.run.out, trainer.step)
-        show = AdaptationProgress(trainer, config.optim.steps, node_id)
-        trainer.run(show)
-    except TrainingError as error:
-        raise TrainingError(f"{error}\nIn this node: choose fewer latents, a smaller width and height, or the output layer, "
-                            "and run it again under the same name to go on.") from error
-    except ConfigError as error:
-        raise ConfigError(f"{error}\nIn this node run.out is 'run', run.seed 'seed', model.train 'train', data.frames "
-                          "'latents'.") from error
-    show.finish()
 
 
 class AdaptationProgress(Progress):

@@ -4,6 +4,7 @@ import csv
 import logging
 import math
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .. import cvvae
 from ..cvvae.training import TrainingError
+from ..cvvae.training.base import BaseTrainer
 from ..cvvae.training.config import (
     Bucket,
     ConfigError,
@@ -56,10 +58,7 @@ def finetune(folder: str, preset: Preset, steps: int, learning_rate: float, teac
     # Nodes run in inference mode: what is trained must not come from there.  The trainer seeds torch, and the host draws
     # from it too.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        begun = bool(Checkpoints(out / "checkpoints", 1).files())
-        if begun and not resume:
-            raise ConfigError(f"There is a run {run!r} already, in {out}. Switch resume on to go on with it, or choose "
-                              "another name.")
+        begun = has_begun(out, run, resume)
         data = sources_of(folder, images, preset, out)
         taught_by = image_vae_of(teacher, image_vae)
         if begun:
@@ -68,27 +67,41 @@ def finetune(folder: str, preset: Preset, steps: int, learning_rate: float, teac
             keep_models(taught_by, cv_vae, out)
         config = make_config(out, data, preset, steps, learning_rate, seed)
         with all_memory():
-            train(config, begun, node_id)
+            run_trainer(lambda: Trainer(config, begun), Progress, begun, node_id,
+                        "choose a smaller preset, or a lower learning rate",
+                        "run.out is 'run', run.seed 'seed', model.student 'cv_vae'; other settings come from 'preset'")
     losses = read_losses(out / "losses.csv")
     plot = as_image(loss_plot(out / "losses.csv", out / "validation.csv"))
     vae = load_native(out / "model.safetensors", MODES[VIDEO], torch.float32)
     return vae, {"loss": losses}, out.relative_to(runs_folder().resolve()).as_posix(), plot
 
 
-def train(config: TrainConfig, resume: bool, node_id: str | None) -> None:
-    """In a function of its own, so that the trainer is gone when it returns."""
+def has_begun(out: Path, run: str, resume: bool) -> bool:
+    """Whether the run in ``out`` has a checkpoint to go on from; raises ConfigError where it must not be gone on with."""
+    begun = bool(Checkpoints(out / "checkpoints", 1).files())
+    if begun and not resume:
+        raise ConfigError(f"There is a run {run!r} already, in {out}. Switch resume on to go on with it, or choose "
+                          "another name.")
+    return begun
+
+
+def run_trainer(make_trainer: Callable[[], BaseTrainer], progress: "type[Progress]", resume: bool, node_id: str | None,
+                remedy: str, settings: str) -> None:
+    """In a function of its own, so that the trainer is gone when it returns.
+
+    remedy: what to choose in the node when a step fails; settings: what the config's settings are called there.
+    """
     try:
-        trainer = Trainer(config, resume)
+        trainer = make_trainer()
+        config = trainer.config
         if resume:
             log.info("CV-VAE: going on with %s at step %d.", config.run.out, trainer.step)
-        show = Progress(trainer, config.optim.steps, node_id)
+        show = progress(trainer, config.optim.steps, node_id)
         trainer.run(show)
     except TrainingError as error:
-        raise TrainingError(f"{error}\nIn this node: choose a smaller preset, or a lower learning rate, and run it again "
-                            "under the same name to go on.") from error
+        raise TrainingError(f"{error}\nIn this node: {remedy}, and run it again under the same name to go on.") from error
     except ConfigError as error:
-        raise ConfigError(f"{error}\nIn this node run.out is 'run', run.seed 'seed', model.student 'cv_vae'; other settings "
-                          "come from 'preset'.") from error
+        raise ConfigError(f"{error}\nIn this node {settings}.") from error
     show.finish()
 
 

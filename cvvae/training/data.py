@@ -152,12 +152,16 @@ def load_clip(file: Path | Media, frames: int, size: int) -> Tensor:
         sound = sum(not frame.damaged for frame in read)
         raise VideoError(f"{media} has {sound} frames that can be decoded; {frames} are needed.")
     clip = to_clip([frame.pixels for frame in read])[0].transpose(0, 1)
-    height, width = clip.shape[-2:]
-    scale = size / min(height, width)
-    shape = max(size, round(height * scale)), max(size, round(width * scale))
-    clip = F.interpolate(clip, shape, mode="bilinear", antialias=True)
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return clip[:, :, top:top + size, left:left + size].transpose(0, 1)[None].clamp(-1, 1)
+    return covering(clip, size, size).transpose(0, 1)[None].clamp(-1, 1)
+
+
+def covering(images: Tensor, height: int, width: int) -> Tensor:
+    """[N, 3, H, W] -> the middle [N, 3, height, width] of it, scaled to cover that."""
+    scale = max(height / images.shape[-2], width / images.shape[-1])
+    sides = max(height, round(images.shape[-2] * scale)), max(width, round(images.shape[-1] * scale))
+    images = F.interpolate(images, sides, mode="bilinear", antialias=True)
+    top, left = (sides[0] - height) // 2, (sides[1] - width) // 2
+    return images[..., top:top + height, left:left + width]
 
 
 class _Weighted:
