@@ -4,6 +4,7 @@ import json
 
 import pytest
 from comfy_host import HOSTS, REPOSITORY, Host, Server, find_host, make_base
+from drawn import write_video
 
 
 @pytest.fixture(scope="session", params=HOSTS)
@@ -22,6 +23,15 @@ def server(host, tmp_path_factory):
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def svd_clips(server) -> None:
+    """The videos that the workflow adapt_svd asks for, 17 frames each."""
+    folder = server.base / "input" / "svd_clips"
+    folder.mkdir()
+    for seed, name in enumerate("abcd"):
+        write_video(folder / f"{name}.mp4", 17, seed=seed)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ from comfy_host import REPOSITORY
 from web_interface import KEPT, LAY_OUT, MARKED, NOT_THERE, OPTIONS, READY, STATE, TITLE, UNKNOWN, start_browser
 
 FOLDER = REPOSITORY / "workflows"
-LONG = ("cv-vae_finetune",)  # run, cut short, by tests of their own
+# Run, cut short, by tests of their own.
+LONG = ("cv-vae_finetune", "cv-vae_adapt_svd", "cv-vae_svd_adapted")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json") if path.stem not in LONG)
 HELP = REPOSITORY / "web" / "docs"
 SAVES = ("SaveImage", "SaveVideo", "PreviewImage", "SaveAnimatedWEBP", "SaveLatent")
@@ -18,8 +19,11 @@ STAND_INS = (("CheckpointLoaderSimple", "ckpt_name", "narrow_sd15.safetensors"),
              ("ImageOnlyCheckpointLoader", "ckpt_name", "narrow_svd.safetensors"),
              ("CVVAELoader", "vae_name", "tiny (built in)"), ("KSampler", "steps", 2),
              ("EmptyLatentImage", "width", 128), ("EmptyLatentImage", "height", 64),
-             ("SVD_img2vid_Conditioning", "width", 128), ("SVD_img2vid_Conditioning", "height", 64))
-SHORTER = (("RepeatImageBatch", "amount", 1),)  # the server's own tests run the whole length
+             ("SVD_img2vid_Conditioning", "width", 128), ("SVD_img2vid_Conditioning", "height", 64),
+             ("CVVAEAdapt", "steps", 4), ("CVVAEAdapt", "learning_rate", 1e-2), ("CVVAEAdapt", "latents", 5),
+             ("CVVAEAdapt", "width", 64), ("CVVAEAdapt", "height", 64))
+# The server's own tests run the whole length.
+SHORTER = (("RepeatImageBatch", "amount", 1), ("CVVAEFrameCalculator", "amount", 5))
 AT_ONCE = 2.0  # seconds from Cancel to the end of the run
 
 pytestmark = pytest.mark.parametrize("host", ["newest"], indirect=True)
@@ -73,6 +77,19 @@ def test_cancel_a_finetune_and_go_on(ui, server, workflows):
     assert_saved(server, ended, workflows[name])
     assert len((run / "losses.csv").read_text().splitlines()) == 1 + taken + 1
     assert f"at step {taken}." in server.log.read_text()
+
+
+def test_adapt_svd_and_sample_with_it(ui, server, workflows, svd_clips):
+    for name in ("cv-vae_adapt_svd", "cv-vae_svd_adapted"):
+        drop(ui, name)
+        for setting in (*SHORTER, *STAND_INS):
+            ui.set(*setting)
+        ui.page.keyboard.press("r")  # the second names the file that the first has made
+        ui.page.wait_for_function(f"() => !({NOT_THERE})().length")
+        ended = ui.run()
+        ui.picture(name)
+        assert ended["kind"] == "execution_success", ended
+        assert_saved(server, ended, workflows[name])
 
 
 def assert_saved(server, ended: dict, workflow: dict) -> None:

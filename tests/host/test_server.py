@@ -11,6 +11,7 @@ import pytest
 from comfy_host import REPOSITORY
 from drawn import write_video
 from PIL import Image
+from safetensors.numpy import load_file
 
 from cvvae.checkpoint import BUILT_IN
 from cvvae.download import PUBLISHED
@@ -205,8 +206,10 @@ def shortened(workflow: dict) -> dict:
 
 
 def test_every_node_and_value_is_known(server, workflows):
-    """On the oldest host, too; a file that has to be downloaded is named in the node's properties."""
+    """On the oldest host, too; a file that has to be downloaded is named in the node's properties, or made by a workflow."""
     info = server.get("/object_info")
+    made = [f"cv-vae/{node['widgets_values'][4]}.safetensors" for workflow in workflows.values()
+            for node in workflow["nodes"] if node["type"] == "CVVAEAdapt"]
     for name, workflow in workflows.items():
         for node in workflow["nodes"]:
             if node["type"] == "Note":
@@ -214,7 +217,7 @@ def test_every_node_and_value_is_known(server, workflows):
             assert node["type"] in info, f"{name}: this ComfyUI has no {node['type']}"
             to_download = [model["name"] for model in node["properties"].get("models", [])]
             for widget, spec, value in widgets(node, info):
-                if value is not None and value not in to_download:
+                if value is not None and value not in to_download + made:
                     assert fits(spec, value), f"{name}: {node['type']} {node['id']} cannot set {widget} to {value!r}"
 
 
@@ -277,31 +280,85 @@ def test_image_and_video_mode(server, workflows):
                for k in range(9))
 
 
-# The next two need checkpoints.  Narrow ones of the pack in stand_ins take their place, and pictures a CPU can sample.
+# The next ones need checkpoints.  Narrow ones of the pack in stand_ins take their place, and pictures a CPU can sample.
+NARROW = {"CheckpointLoaderSimple": {0: "narrow_sd15.safetensors"}, "CVVAELoader": {0: "tiny (built in)"},
+          "ImageOnlyCheckpointLoader": {0: "narrow_svd.safetensors"}, "KSampler": {2: 2}, "EmptyLatentImage": {0: 96, 1: 64},
+          "SVD_img2vid_Conditioning": {0: 96, 1: 64},
+          "CVVAEAdapt": {2: 4, 3: 1e-2, 6: 5, 7: 64, 8: 64}}  # steps, learning rate, latents, width, height
+
+
+def rate_of(path) -> Fraction:
+    with av.open(str(path)) as file:
+        return file.streams.video[0].average_rate
 
 
 def test_sd_text_to_image(server, workflows):
-    workflow = with_values(workflows["cv-vae_sd_text_to_image"], CheckpointLoaderSimple={0: "narrow_sd15.safetensors"},
-                           CVVAELoader={0: "tiny (built in)"}, EmptyLatentImage={0: 128, 1: 64}, KSampler={2: 2})
+    workflow = with_values(workflows["cv-vae_sd_text_to_image"], **NARROW)
     files = server.run(api_form(workflow, server.get("/object_info")))
     nodes = {node.get("title"): str(node["id"]) for node in workflow["nodes"]}
     for title in ("Pictures", "To compare"):
         pictures = [frames_of(path)[0] for path in files[nodes[title]]]
-        assert [picture.shape for picture in pictures] == [(64, 128, 3)] * 2
+        assert [picture.shape for picture in pictures] == [(64, 96, 3)] * 2
         assert not np.array_equal(*pictures)
 
 
 @pytest.mark.parametrize("latents, frames", [(25, 97), (14, 53)])
 def test_svd_image_to_video(server, workflows, latents, frames):
-    workflow = with_values(workflows["cv-vae_svd_image_to_video"], CVVAELoader={0: "tiny (built in)"}, KSampler={2: 2},
-                           ImageOnlyCheckpointLoader={0: "narrow_svd.safetensors"}, CVVAEFrameCalculator={1: latents},
-                           SVD_img2vid_Conditioning={0: 128, 1: 64})
+    workflow = with_values(workflows["cv-vae_svd_image_to_video"], **NARROW, CVVAEFrameCalculator={1: latents})
     files = server.run(api_form(workflow, server.get("/object_info")))
     path = saved_by(files, workflow, "97 frames")
     clip = frames_of(path)
-    assert clip.shape == (frames, 64, 128, 3) and clip.std() > 5
-    with av.open(str(path)) as file:
-        assert file.streams.video[0].average_rate == 24
+    assert clip.shape == (frames, 64, 96, 3) and clip.std() > 5
+    assert rate_of(path) == 24
+
+
+def test_animatediff_batch(server, workflows):
+    """The batch that AnimateDiff's modules would join; both decoders take as long to play."""
+    workflow = with_values(workflows["cv-vae_animatediff_batch"], **NARROW)
+    files = server.run(api_form(workflow, server.get("/object_info")))
+    for title, frames, rate in (("61 frames", 61, 32), ("16 frames", 16, 8)):
+        path = saved_by(files, workflow, title)
+        clip = frames_of(path)
+        assert clip.shape == (frames, 64, 96, 3) and clip.std() > 5
+        assert rate_of(path) == rate
+
+
+@pytest.fixture(scope="module")
+def adapted(server, workflows, svd_clips) -> tuple[dict, dict]:
+    """The workflow that makes an adapter, cut short, and the files its nodes saved."""
+    workflow = with_values(workflows["cv-vae_adapt_svd"], **NARROW)
+    return workflow, server.run(api_form(workflow, server.get("/object_info")))
+
+
+def test_adapt_svd(server, adapted):
+    workflow, files = adapted
+    assert frames_of(saved_by(files, workflow, "Losses, and those of held-out clips")).std() > 10
+    run = server.base / "output" / "cv-vae" / "svd_xt_adapted"
+    assert len((run / "losses.csv").read_text().splitlines()) == 1 + 4
+    assert len((run / "latents" / "manifest.csv").read_text().splitlines()) == 1 + 4
+    made = load_file(run / "adapter.safetensors")
+    assert set(made) == {"diffusion_model.out.2.diff", "diffusion_model.out.2.diff_b"}
+    assert all(np.abs(difference).max() > 1e-3 for difference in made.values())
+
+
+def test_svd_adapted(server, workflows, adapted):
+    """With the adapter that was just made, by its name in the file; at strength 0 to the last bit as without."""
+    workflow = with_values(workflows["cv-vae_svd_adapted"], **NARROW, CVVAEFrameCalculator={1: 14})
+    prompt = api_form(workflow, server.get("/object_info"))
+    nodes = {node.get("title"): str(node["id"]) for node in workflow["nodes"]}
+    for name in ("adapted", "as published"):
+        prompt[name] = {"class_type": "SaveLatent", "inputs": {"samples": [nodes[f"Sample, {name}"], 0],
+                                                               "filename_prefix": f"latents {name}"}}
+    files = server.run(prompt)
+    for title in ("Adapted", "As published"):
+        path = saved_by(files, workflow, title)
+        assert frames_of(path).shape == (53, 64, 96, 3) and rate_of(path) == 24
+    prompt[nodes["Adapter"]]["inputs"]["strength_model"] = 0
+    server.run({key: node for key, node in prompt.items() if node["class_type"] != "SaveVideo"})
+    published, at_1, at_0 = (load_file(server.base / "output" / f"latents {name}_.latent")["latent_tensor"]
+                             for name in ("as published_00001", "adapted_00001", "adapted_00002"))
+    assert published.shape == (14, 4, 8, 12)
+    assert np.array_equal(at_0, published) and not np.array_equal(at_1, published)
 
 
 def test_a_wrong_value_is_refused_before_running(server):
