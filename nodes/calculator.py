@@ -35,7 +35,7 @@ class CVVAEFrameCalculator(io.ComfyNode):
             outputs=[
                 io.Int.Output(display_name="latents", tooltip="For the sampler: batch_size, or video_frames of SVD."),
                 io.Int.Output(display_name="frames", tooltip="That come out of decoding."),
-                io.Float.Output(display_name="fps", tooltip="For Create Video."),
+                io.Float.Output(display_name="fps", tooltip="For CV-VAE Decode or Create Video."),
                 io.Int.Output(display_name="sampler_fps",
                               tooltip="Of the latents, rounded: what SVD's conditioning should be told."),
                 io.Float.Output(display_name="seconds"),
