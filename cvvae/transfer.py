@@ -13,8 +13,8 @@ from torch import Tensor
 def sent(windows: Iterable[tuple[Tensor, int]], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, int]]:
     """Each of ``windows`` on ``device`` in ``dtype``, with the number that comes with it."""
     if device.type != "cuda":
-        for x, number in windows:
-            yield x.to(device, dtype), number
+        # No loop, whose variable would hold one window while another is made.
+        yield from map(lambda window: (window[0].to(device, dtype), window[1]), windows)
         return
     computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     ready = None
@@ -45,6 +45,7 @@ def fetched(pieces: Iterable[Tensor], device: torch.device, dtype: torch.dtype) 
     for piece in pieces:
         if piece.device.type != "cuda" or device.type != "cpu":
             yield piece.to(device, dtype)
+            del piece
             continue
         copying = torch.cuda.Stream(piece.device) if ready is None else ready[2]
         copying.wait_stream(torch.cuda.current_stream(piece.device))

@@ -172,7 +172,6 @@ class VideoVAE(Autoencoder):
         *_, frames, height, width = clip.shape
         return self.decode(self.encode(clip, mode).mode(), frames, (height, width), mode)
 
-    @torch.no_grad()
     def encode_stream(self, parts: Iterable[Tensor], progress: Callable[[], None] | None = None,
                       check: Check = nothing) -> Iterator[Tensor]:
         """Encode a clip that arrives as parts [1, 3, n, H, W]; yields latents (mode) [1, C, k, h, w] as windows fill.
@@ -184,14 +183,12 @@ class VideoVAE(Autoencoder):
         window = self.tiling.window_frames if self.tiling else None
         shared = self.tiling.overlap_frames if self.tiling else 1
         windows = _windows(parts, window, shared, 3, "a part of a clip [1, 3, n, H, W]", "The clip has no frames.")
-        first, before = next(windows)
-        _check_size(*first.shape[-2:])
-        size = latents_of(first.shape[2]), *map(latent_side, first.shape[-2:])
-        run = Run(self, self.encoder, self.tiling, size, None, check)
-        moments = run.pieces(chain([(first, before)], windows), progress or nothing)
-        yield from fetched((Posterior(part).mode() for part in moments), first.device, self.dtype)
+        shape, device, windows = _first_of(windows)
+        _check_size(*shape[-2:])
+        run = Run(self, self.encoder, self.tiling, (latents_of(shape[2]), *map(latent_side, shape[-2:])), None, check)
+        moments = run.pieces(windows, progress or nothing)
+        yield from fetched((Posterior(part).mode() for part in moments), device, self.dtype)
 
-    @torch.no_grad()
     def decode_stream(self, parts: Iterable[Tensor], progress: Callable[[], None] | None = None,
                       check: Check = nothing) -> Iterator[Tensor]:
         """Decode latents that arrive as parts [1, C, k, h, w]; yields frames [1, 3, n, 8h, 8w] as windows fill.
@@ -203,9 +200,9 @@ class VideoVAE(Autoencoder):
         channels = self.config.latent_channels
         windows = _windows(parts, window, shared, channels, f"a part of latents [1, {channels}, k, h, w]",
                            "There are no latents to decode.")
-        first, before = next(windows)
-        run = Run(self, self.decoder, self.tiling, tuple(first.shape[2:]), None, check)
-        yield from fetched(run.pieces(chain([(first, before)], windows), progress or nothing), first.device, self.dtype)
+        shape, device, windows = _first_of(windows)
+        run = Run(self, self.decoder, self.tiling, tuple(shape[2:]), None, check)
+        yield from fetched(run.pieces(windows, progress or nothing), device, self.dtype)
 
 
 class Run:
@@ -251,6 +248,7 @@ class Run:
         held = None
         for x, before in sent(windows, self.device, self.vae.dtype):
             piece = self._window(x, statistics, step)
+            del x
             if before and keep == 1:
                 piece = piece[:, :, 1:]
             elif before:
@@ -262,9 +260,11 @@ class Run:
                 piece = piece[:, :, :-keep]
             if piece.shape[2]:
                 yield piece
+            del piece  # nothing is held while the next window comes in and is computed
         if keep > 1:
             yield held
 
+    @torch.no_grad()  # here, because around a generator it would hold what was yielded last
     def _window(self, x: Tensor, statistics: engine.Statistics | None, step: Callable[[], None]) -> Tensor:
         if self.encodes:
             x = _pad_to_8(_pad_time(x))
@@ -307,17 +307,38 @@ def _join(tiles: list[Tile], scale: int, compute: Callable[[Tile], Tensor], step
 def _windows(parts: Iterable[Tensor], size: int | None, shared: int, channels: int, expected: str,
              none: str) -> Iterator[tuple[Tensor, int]]:
     """Re-cut ``parts`` along time into windows of ``size``; with how many each shares with the last, ``shared`` or 0."""
-    held, before = None, 0
+    held: list[Tensor] = []
+    before = 0
     for part in parts:
         _check(part, 5, channels, expected)
-        held = part if held is None else torch.cat([held, part], dim=2)
+        held.append(part)
+        del part
         # A window is full only once something beyond it is there: its last elements open the next one.
-        while size is not None and held.shape[2] > size:
-            yield held[:, :, :size], before
-            held, before = held[:, :, size - shared:], shared
-    if held is None:
+        while size is not None and sum(part.shape[2] for part in held) > size:
+            window, held = [torch.cat(_cut(held, 0, size), dim=2)], _cut(held, size - shared)
+            yield window.pop(), before  # so that only the one who computes has it
+            before = shared
+    if not held:
         raise ValueError(none)
-    yield held, before
+    yield torch.cat(held, dim=2), before
+
+
+def _first_of(windows: Iterator[tuple[Tensor, int]]) -> tuple[torch.Size, torch.device, Iterator[tuple[Tensor, int]]]:
+    """Shape and device of the first of ``windows``, and all of them.  Nothing keeps the first one."""
+    first = next(windows)
+    # As an iterator, because chain keeps what it is given, and a list would keep the window.
+    return first[0].shape, first[0].device, chain(iter([first]), windows)
+
+
+def _cut(parts: list[Tensor], start: int, stop: int | None = None) -> list[Tensor]:
+    """Elements ``start`` to ``stop`` along time of what ``parts`` are together, without copying any."""
+    found = []
+    for part in parts:
+        length = part.shape[2]
+        if start < length:
+            found.append(part[:, :, start:stop])
+        start, stop = max(0, start - length), None if stop is None else max(0, stop - length)
+    return [part for part in found if part.shape[2]]
 
 
 def _fill(target: Tensor, pieces: Iterable[Tensor]) -> None:

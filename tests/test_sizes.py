@@ -1,6 +1,8 @@
 """Whole clips in and out: any size, any batch, either mode, every dtype, streamed or not."""
 
+import gc
 import re
+from collections import deque
 
 import pytest
 import torch
@@ -194,11 +196,26 @@ class TestMemory:
         assert max(shape[2] for shape in encoded) == 9
         assert max(shape[2] for shape in decoded) == 3
 
+    def test_streams_let_go_of_what_is_done(self):
+        """When a window is done, frames are held of it and of the part that arrived beyond it, and no earlier ones."""
+        vae, alive = video_vae(tiling=Tiling(9, None)), []
+
+        def look() -> None:
+            frames = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // (3 * 40 * 48 * x.itemsize)
+                      for x in gc.get_objects() if type(x) is torch.Tensor and x.shape[-2:] == (40, 48)}
+            alive.append(sum(frames.values()))
+
+        parts = (noise(1, 3, 2, 40, 48) for _ in range(17))
+        deque(vae.decode_stream(vae.encode_stream(parts, look), look), maxlen=0)
+        assert len(alive) == 10 and max(alive) <= 9 + 2
+
     def test_nothing_keeps_the_graph(self):
         vae = video_vae()
-        latents = vae.encode(video_clip(5)).mean
+        clip = video_clip(5).requires_grad_()
+        latents = vae.encode(clip).mean
         assert not latents.requires_grad
         assert not vae.decode(latents).requires_grad
+        assert not any(part.requires_grad for part in vae.decode_stream(vae.encode_stream([clip])))
 
 
 class TestStreams:

@@ -172,12 +172,12 @@ class Activation:
 
 
 def settle(made: Sequence[Activation], parents: Sequence[Activation], store: Store, check: Callable[[], None],
-           result: bool = False) -> None:
+           result: Tensor | None = None) -> None:
     """Walk every strip of the activations ``made`` (of equal height): measure it, and keep it if ``store`` has room.
 
     parents: what only these are made of: their strips go when what is made of them is kept.
     check: called after every strip; may raise to cancel.
-    result: this is what the network gives: not measured, and kept in any case.
+    result: what the network gives: the one activation made goes there, and is not measured.
     """
     for activation in made:
         activation.superseded = parents
@@ -188,12 +188,14 @@ def settle(made: Sequence[Activation], parents: Sequence[Activation], store: Sto
         size = sum(piece.nbytes for piece in pieces)
         # What takes the place of its parents may fill the store; else room stays for those that will.
         replaced = sum(parent.bytes_kept(*rows, height) for parent in parents)
-        if result or store.has_room(size if replaced >= size else (1 + RESERVE) * size):
-            for activation, piece in zip(made, pieces, strict=True):
-                activation.kept[i] = store.keep(piece)
-        if not result:
+        if result is not None:
+            made[0].kept[i] = result[:, :, slice(*rows)].copy_(pieces[0])
+        else:
+            room = store.has_room(size if replaced >= size else (1 + RESERVE) * size)
             for activation, piece in zip(made, pieces, strict=True):
                 activation.moments.add(piece)
+                if room:
+                    activation.kept[i] = store.keep(piece)
         del pieces
         # The kernels of the next strip still look back at the rows under this one.
         finished = rows[i == count - 1]

@@ -9,10 +9,10 @@ It walks the same modules in the same order and differs in how each layer is com
 * Independent images ("stills") use kernels folded to two dimensions, and statistics by frame.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..model import Decoder, Downsample, Encoder, Padding, ResnetBlock, SpatialAttention, Upsample
@@ -164,7 +164,8 @@ class Executor:
             rows = self._bordered(x, 2 * start - before, 2 * stop + 1 - before, border)
             return kernels.convolve(rows, kernel, bias, (time, 2))
 
-        return self._layer(((frames - 1) // time + 1, channels, *small), compute, x.like)
+        # No more rows than a strip of the larger input has, of which they take twice as many.
+        return self._layer(((frames - 1) // time + 1, channels, *small), compute, x.like, x.strip)
 
     def _upsampled(self, up: Upsample, x: Activation) -> Activation:
         border = Border((1, 1), up.space_mode, (1, 1) if up.temporal else (0, 0))
@@ -250,9 +251,11 @@ class Executor:
 
     # -- activations ---------------------------------------------------------------------------------
 
-    def _layer(self, shape: tuple[int, int, int, int], compute: Compute | None, like: Tensor) -> Activation:
+    def _layer(self, shape: tuple[int, int, int, int], compute: Compute | None, like: Tensor,
+               most: float = math.inf) -> Activation:
+        """most: rows of a strip."""
         moments = Moments(self.stills, self.passes.sums)
-        return Activation(shape, self.strip_rows(shape[0], shape[3]), compute, like, moments)
+        return Activation(shape, min(self.strip_rows(shape[0], shape[3]), most), compute, like, moments)
 
     def _input(self, x: Tensor) -> Activation:
         """[1, C, T, H, W], all there from the start."""
@@ -265,9 +268,9 @@ class Executor:
 
     def _output(self, made: Activation, x: Activation) -> Tensor:
         """All of ``made`` as [1, C, T, H, W]."""
-        settle([made], [x], self.store, self.check, result=True)
-        whole = torch.cat(made.kept, dim=2).transpose(0, 1)[None].contiguous()
-        made.drop(self.store)
+        frames, channels, height, width = made.shape
+        whole = x.like.new_empty(1, channels, frames, height, width)
+        settle([made], [x], self.store, self.check, result=whole[0].transpose(0, 1))
         return whole
 
 
