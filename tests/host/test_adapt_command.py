@@ -2,6 +2,7 @@
 
 import socket
 import subprocess
+import time
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -124,18 +125,38 @@ def adapter(folder):
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-@pytest.mark.parametrize("kind", ["svd", "sd15"])
-def test_adapts_a_checkpoint_and_goes_on(host, clips, tmp_path, kind):
-    if kind == "svd":
-        done = finished(adapt(host, clips, tmp_path, kind, "optim.steps=2"))
-        assert done.returncode == 0, done.stderr[-3000:]
-    done = finished(adapt(host, clips, tmp_path, kind, *["--resume"] * (kind == "svd")))
+def assert_adapted(done, clips, folder, steps):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "adapter.safetensors: held_out_loss " in done.stdout and "LoraLoaderModelOnly" in done.stdout
-    with safe_open(tmp_path / "run" / "adapter.safetensors", framework="pt") as file:
+    with safe_open(folder / "run" / "adapter.safetensors", framework="pt") as file:
         assert set(file.keys()) == {"diffusion_model.out.2.diff", "diffusion_model.out.2.diff_b"}
-        assert str(clips) not in file.metadata()["cvvae"] and '"steps": 4' in file.metadata()["cvvae"]
+        assert str(clips) not in file.metadata()["cvvae"] and f'"steps": {steps}' in file.metadata()["cvvae"]
         assert all(file.get_tensor(name).abs().max() > 0 for name in file.keys())
+
+
+def test_adapts_a_checkpoint(host, clips, tmp_path):
+    assert_adapted(finished(adapt(host, clips, tmp_path, "sd15")), clips, tmp_path, 4)
+
+
+def test_kill_9_loses_the_steps_since_the_last_save_and_nothing_else(host, clips, tmp_path):
+    process = adapt(host, clips, tmp_path / "killed", "svd", "optim.steps=100000", "run.validate_every=100000")
+    checkpoints = tmp_path / "killed" / "run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step_*.pt")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    steps = max(int(file.stem.split("_")[1]) for file in checkpoints.glob("step_*.pt")) + 2
+    overrides = [f"optim.steps={steps}", "run.validate_every=100000"]
+    assert_adapted(finished(adapt(host, clips, tmp_path / "killed", "svd", *overrides, "--resume")), clips,
+                   tmp_path / "killed", steps)
+    done = finished(adapt(host, clips, tmp_path / "whole", "svd", *overrides))
+    assert done.returncode == 0, done.stderr[-3000:]
+    resumed, whole = adapter(tmp_path / "killed"), adapter(tmp_path / "whole")
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    losses = [(tmp_path / run / "run" / "losses.csv").read_text() for run in ("killed", "whole")]
+    assert losses[0] == losses[1]
 
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(host, clips, tmp_path):
