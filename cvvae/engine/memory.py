@@ -30,7 +30,7 @@ SHALLOW = 12  # strips, with their borders, that are in flight while everything 
 # most so many bytes, because strips are no larger.
 IN_FLIGHT_CPU = {(True, True): (3.0, 92 * 10 ** 6, 0.0, 92 * 10 ** 6),
                  (False, True): (4.5, 92 * 10 ** 6, 0.0, 92 * 10 ** 6),
-                 (True, False): (5.0, 100 * 10 ** 6, 1.75, 350 * 10 ** 6),
+                 (True, False): (5.0, 160 * 10 ** 6, 0.15, 240 * 10 ** 6),
                  (False, False): (6.0, 85 * 10 ** 6, 1.75, 240 * 10 ** 6)}
 DEEP = 13  # layers at full resolution that are in flight where it is not, each with some rows of several strips
 HOLES = 1 / 8  # of a budget, which the CPU's heap keeps between tensors it gave back
