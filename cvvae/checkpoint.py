@@ -106,8 +106,7 @@ def save(vae: Autoencoder, path: str | os.PathLike, dtype: torch.dtype | None = 
 def write_whole(path: str | os.PathLike, write) -> None:
     """Call ``write(temporary path)`` and rename the result to ``path``; nothing half-written keeps that name."""
     path = Path(path)
-    # A token, because processes in containers, which share a folder, have the same numbers.
-    partial = path.with_name(f".{path.name}.partial{os.getpid()}-{secrets.token_hex(4)}")
+    partial = partial_path(path)
     try:
         partial.touch()
         mode = partial.stat().st_mode  # what the user's umask gives; safetensors writes for the owner only
@@ -118,6 +117,12 @@ def write_whole(path: str | os.PathLike, write) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """A hidden name beside ``path``, for what is being written and no other process writes."""
+    # A token, because processes in containers, which share a folder, have the same numbers.
+    return path.with_name(f".{path.name}.partial{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def read_metadata(path: str | os.PathLike) -> dict:

@@ -94,22 +94,20 @@ def reconstruct(vae: VideoVAE, source: str | Path, target: str | Path, step: Ste
     height, width, _ = shape
     latent_shape = (vae.config.latent_channels, latent_frames, latent_side(height), latent_side(width))
     return Report(written, height, width, latent_shape, metrics.decibels(squared_error / written),
-                  similarity / written if min(height, width) >= metrics.SSIM_WINDOW else math.nan,
-                  time.monotonic() - started)
+                  similarity / written, time.monotonic() - started)
 
 
 def _split(clips: Iterator[Tensor]) -> Iterator[Tensor]:
     """Clips in parts of a few frames.  None is kept while the next one is computed: that is when memory is scarce."""
     for clip in clips:
-        for start in range(0, clip.shape[2], PART):
-            yield clip[:, :, start:start + PART]
+        yield from clip.split(PART, dim=2)
         del clip
 
 
 def _compared(decoded: np.ndarray, originals: list[np.ndarray]) -> tuple[float, float]:
-    """Mean squared error and SSIM of frames; SSIM 0 for those too small for its window."""
+    """Mean squared error and SSIM of frames; SSIM NaN for those too small for its window."""
     a, b = to_clip(decoded), to_clip(originals)
-    return metrics.mse(a, b), metrics.ssim(a, b) if min(a.shape[-2:]) >= metrics.SSIM_WINDOW else 0.0
+    return metrics.mse(a, b), metrics.ssim(a, b) if min(a.shape[-2:]) >= metrics.SSIM_WINDOW else math.nan
 
 
 def encode_file(vae: VideoVAE, source: str | Path, step: Step | None = None) -> LatentClip:

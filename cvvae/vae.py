@@ -314,8 +314,8 @@ def _windows(parts: Iterable[Tensor], size: int | None, shared: int, channels: i
         held.append(part)
         del part
         # A window is full only once something beyond it is there: its last elements open the next one.
-        while size is not None and sum(part.shape[2] for part in held) > size:
-            window, held = [torch.cat(_cut(held, 0, size), dim=2)], _cut(held, size - shared)
+        while size is not None and (length := sum(part.shape[2] for part in held)) > size:
+            window, held = [torch.cat(_cut(held, 0, size), dim=2)], _cut(held, size - shared, length)
             yield window.pop(), before  # so that only the one who computes has it
             before = shared
     if not held:
@@ -330,14 +330,12 @@ def _first_of(windows: Iterator[tuple[Tensor, int]]) -> tuple[torch.Size, torch.
     return first[0].shape, first[0].device, chain(iter([first]), windows)
 
 
-def _cut(parts: list[Tensor], start: int, stop: int | None = None) -> list[Tensor]:
+def _cut(parts: list[Tensor], start: int, stop: int) -> list[Tensor]:
     """Elements ``start`` to ``stop`` along time of what ``parts`` are together, without copying any."""
     found = []
     for part in parts:
-        length = part.shape[2]
-        if start < length:
-            found.append(part[:, :, start:stop])
-        start, stop = max(0, start - length), None if stop is None else max(0, stop - length)
+        found.append(part[:, :, max(start, 0):max(stop, 0)])
+        start, stop = start - part.shape[2], stop - part.shape[2]
     return [part for part in found if part.shape[2]]
 
 

@@ -14,6 +14,8 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+from .checkpoint import partial_path
+
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 
@@ -148,7 +150,7 @@ class VideoWriter:
         if not self.path.parent.is_dir():
             raise VideoError(f"{path}: the folder {self.path.parent} does not exist.")
         self.fps = Fraction(fps)
-        self._partial = self.path.with_name(f".{self.path.name}.partial{os.getpid()}")
+        self._partial = partial_path(self.path)
         self._container = av.open(str(self._partial), "w", format=CONTAINERS[self.path.suffix.lower()])
         self._stream = None
         self._written = 0

@@ -12,7 +12,7 @@ import pytest
 import small_run
 import torch
 from safetensors.torch import load_file
-from small_run import config, equal, final_state, write_config
+from small_run import config, equal, final_state, kill_when_saved, write_config
 
 import cvvae
 from cvvae import checkpoint
@@ -68,14 +68,7 @@ class TestKill:
     def test_kill_9_loses_the_steps_since_the_last_save_and_nothing_else(self, folder):
         overrides = ["optim.steps=400", "run.save_every=2", "run.validate_every=1000", *ALL_TERMS]
         process = command(write_config(folder, "killed"), *overrides)
-        checkpoints = folder / "killed" / "checkpoints"
-        deadline = time.monotonic() + 120
-        while not list(checkpoints.glob("step_*.pt")):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed_at = max(int(file.stem.split("_")[1]) for file in checkpoints.glob("step_*.pt"))
+        killed_at = kill_when_saved(process, folder / "killed" / "checkpoints")
         whole = Trainer(config(folder, "not_killed", *overrides))
         whole.run(lambda step, _: whole.stop() if step == killed_at + 4 else None)
         resumed = Trainer(config(folder, "killed", *overrides), resume=True)

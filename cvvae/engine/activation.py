@@ -185,12 +185,12 @@ def settle(made: Sequence[Activation], parents: Sequence[Activation], store: Sto
     for i in range(count):
         rows = made[0].rows_of(i)
         pieces = [activation.rows(*rows) for activation in made]
-        size = sum(piece.nbytes for piece in pieces)
-        # What takes the place of its parents may fill the store; else room stays for those that will.
-        replaced = sum(parent.bytes_kept(*rows, height) for parent in parents)
         if result is not None:
             made[0].kept[i] = result[:, :, slice(*rows)].copy_(pieces[0])
         else:
+            size = sum(piece.nbytes for piece in pieces)
+            # What takes the place of its parents may fill the store; else room stays for those that will.
+            replaced = sum(parent.bytes_kept(*rows, height) for parent in parents)
             room = store.has_room(size if replaced >= size else (1 + RESERVE) * size)
             for activation, piece in zip(made, pieces, strict=True):
                 activation.moments.add(piece)

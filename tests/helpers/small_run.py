@@ -1,5 +1,7 @@
 """Training runs of a few steps, on drawn clips and a random teacher of a few thousand weights."""
 
+import time
+
 import drawn
 import torch
 
@@ -44,6 +46,19 @@ def write_config(folder, name):
 
 def config(folder, name, *overrides):
     return read_config(write_config(folder, name), list(overrides))
+
+
+def kill_when_saved(process, checkpoints):
+    """kill -9 a run, started with pipes, once it has saved; returns the step it can go on from."""
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step_*.pt")):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate())
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    return max(int(file.stem.split("_")[1]) for file in checkpoints.glob("step_*.pt"))
 
 
 def final_state(trainer):

@@ -2,7 +2,6 @@
 
 import socket
 import subprocess
-import time
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import pytest
 import torch
 from comfy_host import REPOSITORY, find_host
 from safetensors import safe_open
+from small_run import kill_when_saved
 
 # The published checkpoints' widths would take gigabytes, so the loader is told of reduced ones; the encoders, which have no
 # reduced form, are stood in for.  Started in the repository, whose nodes/ must not hide ComfyUI's nodes.py.
@@ -140,14 +140,7 @@ def test_adapts_a_checkpoint(host, clips, tmp_path):
 
 def test_kill_9_loses_the_steps_since_the_last_save_and_nothing_else(host, clips, tmp_path):
     process = adapt(host, clips, tmp_path / "killed", "svd", "optim.steps=100000", "run.validate_every=100000")
-    checkpoints = tmp_path / "killed" / "run" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step_*.pt")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    steps = max(int(file.stem.split("_")[1]) for file in checkpoints.glob("step_*.pt")) + 2
+    steps = kill_when_saved(process, tmp_path / "killed" / "run" / "checkpoints") + 2
     overrides = [f"optim.steps={steps}", "run.validate_every=100000"]
     assert_adapted(finished(adapt(host, clips, tmp_path / "killed", "svd", *overrides, "--resume")), clips,
                    tmp_path / "killed", steps)
