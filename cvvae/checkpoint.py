@@ -147,14 +147,19 @@ def _read(source: Source, built_in: dict[str, Path]) -> tuple[State, str]:
         return _read_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"No such file: {path}. Published CV-VAE weights: {PUBLISHED}; 'tiny' is built in.")
+    return read_tensors(path), str(path)
+
+
+def read_tensors(path: Path) -> State:
+    """All tensors of a weight file of any kind; nothing in it is executed.  Raises CheckpointError."""
     if path.suffix not in SAFETENSORS + PICKLES:
         raise CheckpointError(f"{path}: expected a {', '.join(SAFETENSORS + PICKLES)} file or a folder, "
                               f"found the suffix {path.suffix!r}.")
     _refuse_other_formats(path)
     if path.suffix in SAFETENSORS:
         with _opened(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, str(path)
-    return _read_pickle(path), str(path)
+            return {name: file.get_tensor(name) for name in file.keys()}
+    return _read_pickle(path)
 
 
 def _read_folder(folder: Path) -> tuple[State, str]:

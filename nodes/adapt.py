@@ -1,11 +1,14 @@
 """Adapt Sampler to CV-VAE: the library's adaptation as a node, with progress, Cancel and resume."""
 
+import folder_paths
 from comfy_api.v0_0_2 import io
 
 from .common import TRAINING_CATEGORY
 
 OUTPUT, BOTH, LORA = "output layer", "output and input layers", "LoRA on temporal layers"
 TRAIN = {OUTPUT: "output", BOTH: "output+input", LORA: "lora"}
+NO_MOTION = "none"
+MOTION_FOLDER = "animatediff_models"  # as packs for AnimateDiff name it to ComfyUI
 
 
 class CVVAEAdapt(io.ComfyNode):
@@ -15,10 +18,10 @@ class CVVAEAdapt(io.ComfyNode):
             node_id="CVVAEAdapt",
             display_name="Adapt Sampler to CV-VAE",
             category=TRAINING_CATEGORY,
-            description="Trains a diffusion model (SVD, SD 1.x, SD 2.x) to make CV-VAE's latents, which stand for four "
-                        "frames each. The result is a LoRA file for ComfyUI's own loader. Cancel keeps what was trained; "
-                        "the next run goes on from there. Everything is kept in ComfyUI's output folder, in cv-vae, in a "
-                        "folder with the run's name.",
+            description="Trains a diffusion model (SVD, SD 1.x, SD 2.x, AnimateDiff) to make CV-VAE's latents, which stand "
+                        "for four frames each. The result is a LoRA file for ComfyUI's own loader. Cancel keeps what was "
+                        "trained; the next run goes on from there. Everything is kept in ComfyUI's output folder, in "
+                        "cv-vae, in a folder with the run's name.",
             search_aliases=["cvvae", "train lora", "svd training", "finetune svd"],
             is_output_node=True,
             inputs=[
@@ -43,8 +46,8 @@ class CVVAEAdapt(io.ComfyNode):
                                  tooltip="Go on with the run of this name, if there is one. Switch it off to be told "
                                          "instead that the name is taken."),
                 io.Int.Input("latents", default=25, min=0, max=4096,
-                             tooltip="Of each clip, from its start: 25 (97 frames) for SVD XT, 14 (53 frames) for SVD. 0 "
-                                     "takes clips as long as they are."),
+                             tooltip="Of each clip, from its start: 25 (97 frames) for SVD XT, 14 (53 frames) for SVD, 16 "
+                                     "(61 frames) for AnimateDiff. 0 takes clips as long as they are."),
                 io.Int.Input("width", default=1024, min=0, max=4096, step=8,
                              tooltip="Videos are resized and cut to it before they are encoded; 0 leaves them as they are. "
                                      "Has no part where the folder holds latents already."),
@@ -64,6 +67,11 @@ class CVVAEAdapt(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True,
                                       tooltip="SD 1.x and 2.x: an empty text, shown in place of 'positive' one time in ten, "
                                               "so that CFG keeps working. Without it, 'positive' is always shown."),
+                io.Combo.Input("motion_module", options=[NO_MOTION, *motion_modules()], default=NO_MOTION, optional=True,
+                               tooltip="SD 1.5 for AnimateDiff: the motion module (v2 or v3) that it will sample with, from "
+                                       "models/animatediff_models, listed where AnimateDiff-Evolved is installed. It stays "
+                                       "as it is. Connect the MODEL from before AnimateDiff's loader, and set 'latents' to "
+                                       "16."),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="lora_name"),
                      io.LossMap.Output(display_name="loss_map"), io.Image.Output(display_name="loss_plot")],
@@ -73,10 +81,17 @@ class CVVAEAdapt(io.ComfyNode):
     @classmethod
     def execute(cls, model, folder: str, train: str, steps: int, learning_rate: float, run: str, resume: bool, latents: int,
                 width: int, height: int, rank: int, seed: int, vae=None, clip_vision=None, positive=None,
-                negative=None) -> io.NodeOutput:
+                negative=None, motion_module: str = NO_MOTION) -> io.NodeOutput:
         from .adaptation import Told, adapt  # here, so that ComfyUI starts without waiting for the trainer and PyAV
 
         node_id = cls.hidden.unique_id if cls.hidden else None
         told = Told(vae, clip_vision, positive, negative)
-        return io.NodeOutput(*adapt(model, folder, TRAIN[train], steps, learning_rate, run, resume, latents, (height, width),
-                                    rank, seed, told, node_id))
+        motion = "" if motion_module == NO_MOTION else folder_paths.get_full_path_or_raise(MOTION_FOLDER, motion_module)
+        return io.NodeOutput(*adapt(model, motion, folder, TRAIN[train], steps, learning_rate, run, resume, latents,
+                                    (height, width), rank, seed, told, node_id))
+
+
+def motion_modules() -> list[str]:
+    """Files of motion modules; none where no pack has told ComfyUI of a folder of them."""
+    known = MOTION_FOLDER in folder_paths.folder_names_and_paths
+    return folder_paths.get_filename_list(MOTION_FOLDER) if known else []

@@ -23,6 +23,7 @@ from ..cvvae.adaptation.config import (
     RunConfig,
     check,
 )
+from ..cvvae.adaptation.motion import load_motion
 from ..cvvae.adaptation.trainer import AdaptationTrainer
 from ..cvvae.checkpoint import write_whole
 from ..cvvae.dataset import LatentDataset, Settings, encode_dataset
@@ -46,15 +47,19 @@ class Told:
     negative: Any
 
 
-def adapt(model, folder: str, train: str, steps: int, learning_rate: float, run: str, resume: bool, latents: int,
-          size: tuple[int, int], rank: int, seed: int, told: Told, node_id: str | None) -> tuple[Any, str, dict, Tensor]:
-    """Train; returns the adapted MODEL, its file's name among the LoRAs, its losses as a LOSS_MAP, and the plot."""
+def adapt(model, motion: str, folder: str, train: str, steps: int, learning_rate: float, run: str, resume: bool,
+          latents: int, size: tuple[int, int], rank: int, seed: int, told: Told,
+          node_id: str | None) -> tuple[Any, str, dict, Tensor]:
+    """Train; returns the adapted MODEL, its file's name among the LoRAs, its losses as a LOSS_MAP, and the plot.
+
+    motion: path of a motion module, or empty.
+    """
     out = inside(runs_folder(), run, "run")
     # Nodes run in inference mode: what is trained must not come from there.  The trainer seeds torch, and the host draws
     # from it too.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         begun = has_begun(out, run, resume)
-        sampler = Sampler(model)
+        sampler = Sampler(model, load_motion(motion) if motion else None)
         device, _ = training_device()
         with all_memory():
             vae = None
@@ -68,11 +73,12 @@ def adapt(model, folder: str, train: str, steps: int, learning_rate: float, run:
             encode_conditions(data, conditioner(sampler, vae, told, settings), out / "conditioning",
                               report=lambda done, total: tell(f"clip {done}/{total} encoded to show", node_id))
             del vae
-        config = make_config(out, data, latents, train, rank, steps, learning_rate, seed, settings)
+        config = make_config(out, data, motion, latents, train, rank, steps, learning_rate, seed, settings)
         with all_memory():
             run_trainer(lambda: AdaptationTrainer(config, sampler, out / "conditioning", begun), AdaptationProgress, begun,
                         node_id, "choose fewer latents, a smaller width and height, or the output layer",
-                        "run.out is 'run', run.seed 'seed', model.train 'train', data.frames 'latents'")
+                        "run.out is 'run', run.seed 'seed', model.train 'train', model.motion 'motion_module', data.frames "
+                        "'latents'")
     name = keep(out / "adapter.safetensors", run)
     plot = as_image(loss_plot(out / "losses.csv", out / "validation.csv"))
     return with_lora(model, out / "adapter.safetensors"), name, {"loss": read_losses(out / "losses.csv")}, plot
@@ -108,8 +114,8 @@ def conditioner(sampler: Sampler, vae, told: Told, settings: ConditioningConfig)
     return FixedConditioner(shown, told.negative[0][0][0] if told.negative is not None else shown, {})
 
 
-def make_config(out: Path, data: LatentDataset, latents: int, train: str, rank: int, steps: int, learning_rate: float,
-                seed: int, conditioning: ConditioningConfig) -> AdaptConfig:
+def make_config(out: Path, data: LatentDataset, motion: str, latents: int, train: str, rank: int, steps: int,
+                learning_rate: float, seed: int, conditioning: ConditioningConfig) -> AdaptConfig:
     device, precision = training_device()
     every = min(500, max(1, steps // 4))
     videos = list(dict.fromkeys(Path(sample.source).stem for sample in data.samples))
@@ -117,7 +123,7 @@ def make_config(out: Path, data: LatentDataset, latents: int, train: str, rank: 
     if not held_out:
         log.info("CV-VAE: no clip is held out, so nothing is measured: that takes %d videos.", ENOUGH)
     config = AdaptConfig(
-        ModelConfig(train=train, rank=rank), DataConfig(str(data.folder), held_out, latents), conditioning,
+        ModelConfig(motion=motion, train=train, rank=rank), DataConfig(str(data.folder), held_out, latents), conditioning,
         optim=OptimConfig(steps=steps, learning_rate=learning_rate, warmup=min(100, steps // 10)),
         run=RunConfig(out=str(out), seed=seed, device=device, precision=precision, checkpointing=train != "output",
                       save_every=every, validate_every=every, name=f"Adapted to CV-VAE in ComfyUI as {out.name}"))

@@ -4,13 +4,14 @@ The rest is checked in a host, by tests/host/contract_adaptation.py.
 """
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-from random_weights import noise
+from random_weights import motion_state, noise
 from torch import nn
 from torch.nn import Conv2d, GroupNorm, Linear
 
@@ -19,17 +20,21 @@ from cvvae.adaptation.adapter import Adapter
 from cvvae.adaptation.conditions import Conditions, encode_conditions
 from cvvae.adaptation.config import AdaptConfig, DataConfig, read_config
 from cvvae.adaptation.data import LatentClips, collate
+from cvvae.adaptation.motion import load_motion
 from cvvae.dataset import LatentDataset, Settings, encode_dataset
 from cvvae.training.config import ConfigError, tomllib
 from cvvae.training.distributed import Group
 
 ROOT = Path(__file__).parents[1]
+PLACE = "down_blocks.0.motion_modules.0"
 
 
 class TestConfig:
-    def test_the_shipped_one_can_be_read(self):
+    def test_the_shipped_ones_can_be_read(self):
         config = read_config(ROOT / "configs" / "adapt_svd.toml")
         assert config.model.train == "output" and config.data.frames == 25 and config.optim.final_ratio == 1
+        config = read_config(ROOT / "configs" / "adapt_animatediff.toml")
+        assert config.model.motion == str(ROOT / "v3_sd15_mm.ckpt") and config.data.frames == 16
 
     @pytest.mark.parametrize("override, message", [
         ("model.train=all", "model.train is 'all'; expected one of output"),
@@ -108,6 +113,114 @@ class TestAdapter:
         with torch.no_grad():
             next(adapter.parameters()).add_(1)
         assert adapter.fingerprint() == before
+
+
+
+
+def oracle(state, x, frames):
+    """The same in float64, one position of one clip after the other, one head after the other."""
+    w = {name.removeprefix(f"{PLACE}.temporal_transformer."): tensor.double() for name, tensor in state.items()}
+
+    def linear(x, layer):
+        return x @ w[f"{layer}.weight"].T + w.get(f"{layer}.bias", 0)
+
+    def normed(x, layer):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        return x * w[f"{layer}.weight"] + w[f"{layer}.bias"]
+
+    x = x.double()
+    channels = x.shape[1]
+    groups = x.reshape(len(x), 32, -1)
+    groups = (groups - groups.mean(2, keepdim=True)) / (groups.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
+    h = groups.reshape(x.shape) * w["norm.weight"][:, None, None] + w["norm.bias"][:, None, None]
+    out = x.clone()
+    for clip in range(len(x) // frames):
+        at = slice(clip * frames, (clip + 1) * frames)
+        for row in range(x.shape[2]):
+            for column in range(x.shape[3]):
+                y = linear(h[at, :, row, column], "proj_in")
+                for k in range(2):
+                    attention = f"transformer_blocks.0.attention_blocks.{k}"
+                    z = normed(y, f"transformer_blocks.0.norms.{k}") + w[f"{attention}.pos_encoder.pe"][0, :frames]
+                    q, key, v = (linear(z, f"{attention}.{layer}") for layer in ("to_q", "to_k", "to_v"))
+                    size = channels // 8
+                    heads = [slice(head * size, (head + 1) * size) for head in range(8)]
+                    mixed = [(q[:, head] @ key[:, head].T / math.sqrt(size)).softmax(1) @ v[:, head] for head in heads]
+                    y = y + linear(torch.cat(mixed, 1), f"{attention}.to_out.0")
+                z = linear(normed(y, "transformer_blocks.0.ff_norm"), "transformer_blocks.0.ff.net.0.proj")
+                value, gate = z.chunk(2, 1)
+                y = y + linear(value * 0.5 * gate * (1 + torch.erf(gate / math.sqrt(2))), "transformer_blocks.0.ff.net.2")
+                out[at, :, row, column] += linear(y, "proj_out")
+    return out
+
+
+class TestMotion:
+    def load(self, tmp_path, state, name="motion.ckpt"):
+        torch.save(state, tmp_path / name)
+        return load_motion(tmp_path / name)
+
+    def test_equals_its_definition(self, tmp_path):
+        state, x = motion_state(PLACE), noise(2 * 5, 64, 3, 4)
+        with torch.no_grad():
+            found = self.load(tmp_path, state).places[PLACE](x, 5)
+        assert (found - oracle(state, x, 5)).abs().max() < 1e-5
+
+    def test_equals_diffusers(self, tmp_path):
+        module = pytest.importorskip("diffusers.models.unets.unet_motion_model", reason="diffusers is not installed")
+        theirs = module.AnimateDiffTransformer3D(8, 8, 64, positional_embeddings="sinusoidal", num_positional_embeddings=32)
+        # There it is across frames, unlike in the code that the published modules were trained with.
+        theirs.norm = ByFrame(theirs.norm)
+        state = {}
+        for name, tensor in theirs.state_dict().items():
+            if "pos_embed" not in name:
+                tensor.copy_(noise(*tensor.shape, seed=len(state)) / tensor.shape[-1] ** 0.5)
+            for found, named in ((".attn1.", ".attention_blocks.0."), (".attn2.", ".attention_blocks.1."),
+                                 (".norm1.", ".norms.0."), (".norm2.", ".norms.1."), (".norm3.", ".ff_norm."),
+                                 ("norm.own.", "norm.")):
+                name = name.replace(found, named)
+            names = [name] if "pos_embed" not in name else [name.replace("pos_embed", f"attention_blocks.{k}.pos_encoder")
+                                                            for k in range(2)]
+            state |= {f"{PLACE}.temporal_transformer.{name}": tensor.clone() for name in names}
+        x = noise(2 * 5, 64, 3, 4)
+        with torch.no_grad():
+            assert (self.load(tmp_path, state).places[PLACE](x, 5) - theirs(x, num_frames=5)).abs().max() < 1e-5
+
+    def test_reads_what_files_hold_beside_it(self, tmp_path):
+        state = motion_state(PLACE) | motion_state("mid_block.motion_modules.0", 32)
+        plain = self.load(tmp_path, state)
+        wrapped = {"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in state.items()} |
+                   {"conv_in.weight": noise(8, 4, 3, 3)}}
+        assert plain.length == 32 and plain.names == [PLACE, "mid_block.motion_modules.0"]
+        again = self.load(tmp_path, wrapped)
+        assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), again.state_dict().values(), strict=True))
+        assert not any(parameter.requires_grad for parameter in plain.parameters())
+
+    @pytest.mark.parametrize("state, message", [
+        ({"up.lora_up.weight": torch.ones(1)}, "is no motion module of AnimateDiff"),
+        ({name: tensor for name, tensor in motion_state(PLACE).items() if "pos_" not in name}, "as those of AnimateLCM"),
+        (motion_state(PLACE, length=24), "AnimateDiff v1 (24 positions"),
+        (motion_state(PLACE) | {"conv_in.weight": torch.ones(8, 9, 3, 3)}, "as PIA does"),
+        (motion_state(PLACE) | {f"{PLACE}.temporal_transformer.proj_in.weight": torch.ones(3, 3)}, f"{PLACE} is not as"),
+        ({name: tensor for name, tensor in motion_state(PLACE).items() if "proj_in" not in name}, f"{PLACE} is not as"),
+    ])
+    def test_other_files_are_told_apart(self, state, message, tmp_path):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            self.load(tmp_path, state)
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="motion module is"):
+            load_motion(tmp_path / "none.ckpt")
+
+
+class ByFrame(nn.Module):
+    """A norm of [B, C, t, h, w], each frame by itself."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own = own
+
+    def forward(self, x):
+        return torch.stack([self.own(frame) for frame in x.unbind(2)], 2)
 
 
 class Numbered:

@@ -107,8 +107,9 @@ def chosen(unet: nn.Module, train: str, layers: Sequence[str]) -> list[str]:
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches and not layers:
-            raise ConfigError("This model has no temporal layers, which model.train = 'lora' is for unless model.layers "
-                              "names others. Name some, or set model.train to 'output'.")
+            raise ConfigError("This model has no temporal layers of its own (AnimateDiff's motion modules are not trained), "
+                              "which model.train = 'lora' is for unless model.layers names others. Name some, or set "
+                              "model.train to 'output'.")
         if not matches:
             raise ConfigError(f"model.layers: {pattern!r} matches none of the {len(names)} parameters of this model; they "
                               f"look like {names[0]!r} and {names[-1]!r}.")

@@ -21,6 +21,7 @@ from ..frames import TIME_FACTOR
 from ..training.config import ConfigError
 from ..vae import VideoVAE
 from .config import ConditioningConfig
+from .motion import MIDDLE, MotionModules, training_sigmas
 
 
 def find_comfyui(path: str = "") -> Path:
@@ -71,13 +72,15 @@ def unload() -> None:
 class Sampler:
     """A diffusion model of ComfyUI as a trainer needs it: a UNet of its own, in ordinary tensors, and how it is used.
 
-    model: a MODEL of ComfyUI (its ModelPatcher), with patches such as LoRAs counted in.  It is left as it is.
+    model: a MODEL of ComfyUI (its ModelPatcher), with patches of weights (LoRAs) and of the noise schedule counted in.  It
+    is left as it is.
+    motion: AnimateDiff's modules, which the UNet is to have in it; their noise schedule takes the place of the model's.
 
     Raises ConfigError for models that are no UNet of Stable Diffusion's latent space.
     """
 
-    def __init__(self, model: Any):
-        from comfy import model_base
+    def __init__(self, model: Any, motion: MotionModules | None = None):
+        from comfy import model_base, supported_models
         from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
         base = model.model
@@ -89,10 +92,21 @@ class Sampler:
         if shown and not self.shows_first_frame:
             raise ConfigError(f"This model reads {shown} channels beside its latents, as those for inpainting do, and "
                               "adapting has nothing to show it there. Adapt the plain model.")
-        self.base = base
+        if model.injections:
+            names = ", ".join(model.injections)
+            raise ConfigError(f"This MODEL has modules put into it while it samples ({names}), as those of AnimateDiff are, "
+                              "and in training they would be missing. Connect the MODEL from before that node, and name the "
+                              "motion module itself.")
+        if motion is not None and not isinstance(base.model_config, supported_models.SD15):
+            raise ConfigError("AnimateDiff's motion modules are for SD 1.5, and this model is another one. Adapt it without "
+                              "them.")
+        self.base, self.motion = base, motion
         with torch.inference_mode(False):
             self.unet = _fresh_unet(base, _weights(model))
-            self.sampling = _ordinary(base.model_sampling)
+            self.sampling = _ordinary(model.get_model_object("model_sampling"))
+        if motion is not None:
+            put_into(self.unet, motion)
+            self.sampling.set_sigmas(training_sigmas())
         self.scale = base.latent_format.process_in
 
 
@@ -117,6 +131,46 @@ def _weights(model: Any) -> dict[str, Tensor]:
             own = comfy.lora.calculate_weight(patches, own.float(), key).to(own.dtype)
         weights[key.removeprefix(prefix)] = own
     return weights
+
+
+def put_into(unet: nn.Module, motion: MotionModules) -> None:
+    """Have ``motion`` run where AnimateDiff does.  As hooks, so that the UNet's parameters keep their names."""
+    layers = _layers_before(unet)
+    if missing := layers.keys() - motion.places.keys() - {MIDDLE} or motion.places.keys() - layers.keys():
+        raise ConfigError(f"This motion module is for another UNet: only one of them has {sorted(missing)[0]}. Take one "
+                          "for SD 1.5.")
+    frames = 1
+
+    def note(unet: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+        nonlocal frames
+        frames = named["num_video_frames"]
+
+    unet.register_forward_pre_hook(note, with_kwargs=True)
+    for place, transformer in motion.places.items():
+        transformer.to(next(unet.parameters()).dtype)
+        layers[place].register_forward_hook(lambda layer, inputs, x, transformer=transformer: transformer(x, frames))
+
+
+def _layers_before(unet: nn.Module) -> dict[str, nn.Module]:
+    """AnimateDiff's names of its modules -> the layer of a UNet of SD 1.5 that each comes behind.
+
+    One comes behind each residual block with its attention, before what changes the size; in the middle before the last
+    residual block.
+    """
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
+
+    layers = {MIDDLE: unet.middle_block[-2]}
+    sides = (("down_blocks", unet.input_blocks[1:], Downsample), ("up_blocks", unet.output_blocks, Upsample))
+    for name, blocks, resize in sides:
+        level = number = 0
+        for block in blocks:
+            kept = [layer for layer in block if not isinstance(layer, resize)]
+            if kept:
+                layers[f"{name}.{level}.motion_modules.{number}"] = kept[-1]
+                number += 1
+            if len(kept) < len(block):
+                level, number = level + 1, 0
+    return layers
 
 
 def _ordinary(module: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from ..training.runfolder import Checkpoints
 from .comfyui import FirstFrameConditioner, Sampler, TextConditioner, find_comfyui, load, unload
 from .conditions import Conditioner, encode_conditions
 from .config import AdaptConfig
+from .motion import load_motion
 from .trainer import AdaptationTrainer
 
 
@@ -32,7 +33,7 @@ def make_trainer(config: AdaptConfig, resume: bool = False,
 def _loaded(config: AdaptConfig, data: LatentDataset, folder: Path, group: Group, report) -> Sampler:
     """The sampler, when what it is told is in ``folder``.  A function of its own, so that the encoders are gone after it."""
     model, clip, clip_vision = load(config.model.checkpoint)
-    sampler = Sampler(model)
+    sampler = Sampler(model, load_motion(config.model.motion) if config.model.motion else None)
     encode_conditions(data, _conditioner(config, sampler, clip, clip_vision), folder, group, report)
     sampler.base = None  # the loader's model
     return sampler

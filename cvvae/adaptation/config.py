@@ -18,6 +18,7 @@ from ..training.config import (
 @dataclass
 class ModelConfig:
     checkpoint: str = ""  # a checkpoint that ComfyUI loads, its text or image encoder in it; relative to the config file
+    motion: str = ""  # SD 1.5: AnimateDiff's motion module (v2 or v3), which the model is to be sampled with
     vae: str = ""  # the CV-VAE the latents are of; needed for SVD, which is shown the first frame
     comfyui: str = ""  # folder of ComfyUI, whose loader and model classes are used; empty: COMFYUI_PATH, else ~/ComfyUI
     # "output": the last convolution (the paper's choice for SVD); "output+input": the first one too; "layers": all
@@ -94,7 +95,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> AdaptConfig:
     """
     path = Path(path)
     config = read_table(AdaptConfig, path, overrides)
-    for section, name in ((config.model, "checkpoint"), (config.model, "vae"), (config.data, "latents")):
+    for section, name in ((config.model, "checkpoint"), (config.model, "motion"), (config.model, "vae"),
+                          (config.data, "latents")):
         value = getattr(section, name)
         if value and value != "tiny":
             setattr(section, name, str((path.parent / value).resolve()))

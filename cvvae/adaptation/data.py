@@ -27,6 +27,8 @@ class Batch:
 class LatentClips:
     """Clips of latents to train on, those of one shape together; the held-out ones are kept apart.
 
+    ``longest`` is the most latents a clip of them has.
+
     channels: of the model's latents.  scale: what the model does to them (``latent_format.process_in``).
     """
 
@@ -51,6 +53,7 @@ class LatentClips:
             else:
                 self.shapes.setdefault(shape, []).append(i)
         self.held_out = held_out
+        self.longest = max([shape[0] for shape in self.shapes] + [self._shape(i)[0] for i in held_out], default=0)
         if not self.shapes:
             raise ConfigError(f"There is no clip to train on in {config.latents}: of {len(data)} clips {short} are shorter "
                               f"than data.frames = {config.frames} latents and {len(held_out)} are held out.")

@@ -45,15 +45,17 @@ def target(sampling: nn.Module, sigma: Tensor, noisy: Tensor, clean: Tensor) -> 
 class Objective(nn.Module):
     """The UNet with what is trained of it; ``forward`` returns the loss of a batch.
 
-    unet: called as ComfyUI's are.  sampling: the model's ``model_sampling``.  Latents are those the network works in
-    (scaled by the model's factor).
+    unet: called as ComfyUI's are.  sampling: the model's ``model_sampling``.  motion: what runs inside ``unet`` without
+    being part of it; here it only follows to the device.  Latents are those the network works in (scaled by the model's
+    factor).
     """
 
     names = ["total"]
 
-    def __init__(self, unet: nn.Module, adapter: nn.Module, sampling: nn.Module, noise: NoiseConfig):
+    def __init__(self, unet: nn.Module, adapter: nn.Module, sampling: nn.Module, noise: NoiseConfig,
+                 motion: nn.Module | None = None):
         super().__init__()
-        self.unet, self.adapter, self.sampling = unet, adapter, sampling
+        self.unet, self.adapter, self.sampling, self.motion = unet, adapter, sampling, motion
         self.levels = NoiseLevels(sampling, noise)
 
     def forward(self, latents: Tensor, conditions: dict[str, Tensor], seeds: Sequence[int], step: int) -> dict[str, Tensor]:

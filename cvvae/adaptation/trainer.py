@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoint import write_whole
-from ..dataset import LatentDataset
+from ..dataset import LatentDataset, weights_hash
 from ..training.base import BaseTrainer, recomputed
 from ..training.config import ConfigError
 from ..training.distributed import share
@@ -19,8 +19,10 @@ from .comfyui import Sampler
 from .conditions import Conditions
 from .config import AdaptConfig
 from .data import Batch, LatentClips
+from .motion import MotionModules
 from .objective import Objective
 
+USUAL = 16  # latents of a clip that AnimateDiff was trained with
 LEVELS = 4  # noise levels at which each held-out clip is measured, spread over their distribution
 
 
@@ -45,13 +47,18 @@ class AdaptationTrainer(BaseTrainer):
         conditioned = Conditions(self._conditions)
         self.data = LatentClips(config.data, LatentDataset(config.data.latents), conditioned, unet.out_channels,
                                 self.sampler.scale, config.run.seed, config.conditioning.dropout)
+        motion = self.sampler.motion
+        if motion is not None and self.data.longest > motion.length:
+            raise ConfigError(f"The clips have up to {self.data.longest} latents, and the motion module has positions for "
+                              f"{motion.length}. Set data.frames to {min(motion.length, USUAL)}.")
         if config.run.precision == "fp32":
-            unet.float()
+            for frozen in filter(None, (unet, motion)):
+                frozen.float()
         self.adapter = self.trainee = Adapter(unet, config.model.train, config.model.layers, config.model.rank)
-        self.fingerprint = self.adapter.fingerprint()
-        self.objective = Objective(unet, self.adapter, self.sampler.sampling, config.noise).to(self.device)
+        self.fingerprint = self.adapter.fingerprint() + ("" if motion is None else weights_hash(motion))
+        self.objective = Objective(unet, self.adapter, self.sampler.sampling, config.noise, motion).to(self.device)
         if config.run.checkpointing:
-            recompute_activations(unet)
+            recompute_activations(unet, motion)
         self.trained = list(self.adapter.parameters())
         self.unadapted: float | None = None  # loss on the held-out clips before the first step
 
@@ -113,14 +120,14 @@ class AdaptationTrainer(BaseTrainer):
         write_whole(path, lambda partial: save_file(self.adapter.tensors(), partial, metadata))
 
     def _without_paths(self, config: dict) -> dict:
-        for section, name in (("model", "checkpoint"), ("model", "vae"), ("model", "comfyui"), ("data", "latents"),
-                              ("run", "out")):
+        for section, name in (("model", "checkpoint"), ("model", "motion"), ("model", "vae"), ("model", "comfyui"),
+                              ("data", "latents"), ("run", "out")):
             config[section][name] = Path(config[section][name]).name
         return config
 
 
-def recompute_activations(unet: nn.Module) -> None:
+def recompute_activations(unet: nn.Module, motion: MotionModules | None = None) -> None:
     """Keep the inputs of residual blocks and transformers only, and compute what is inside again in the backward pass."""
-    for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks):
-        for layer in block:
-            layer.forward = recomputed(layer.forward)
+    blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
+    for layer in (*(layer for block in blocks for layer in block), *(motion.transformers if motion is not None else ())):
+        layer.forward = recomputed(layer.forward)

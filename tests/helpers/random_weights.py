@@ -70,6 +70,25 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def motion_state(place: str, channels: int = 64, length: int = 32, seed: int = 0) -> dict[str, Tensor]:
+    """Tensors of a motion module at one place, by the names and in the shapes of AnimateDiff's files."""
+    block = "transformer_blocks.0"
+    shapes = {"norm.weight": [channels], "norm.bias": [channels], f"{block}.ff_norm.weight": [channels],
+              f"{block}.ff_norm.bias": [channels], f"{block}.ff.net.0.proj.weight": [8 * channels, channels],
+              f"{block}.ff.net.0.proj.bias": [8 * channels], f"{block}.ff.net.2.weight": [channels, 4 * channels],
+              f"{block}.ff.net.2.bias": [channels]}
+    for layer in ("proj_in", "proj_out"):
+        shapes |= {f"{layer}.weight": [channels, channels], f"{layer}.bias": [channels]}
+    for k in range(2):
+        attention = f"{block}.attention_blocks.{k}"
+        shapes |= {f"{attention}.{layer}.weight": [channels, channels] for layer in ("to_q", "to_k", "to_v", "to_out.0")}
+        shapes |= {f"{attention}.to_out.0.bias": [channels], f"{attention}.pos_encoder.pe": [1, length, channels],
+                   f"{block}.norms.{k}.weight": [channels], f"{block}.norms.{k}.bias": [channels]}
+    generator = torch.Generator().manual_seed(seed)
+    return {f"{place}.temporal_transformer.{name}": torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+            for name, shape in shapes.items()}
+
+
 def video_clip(frames: int, height: int = 16, width: int = 16, batch: int = 1, seed: int = 0) -> Tensor:
     """A clip [B, 3, T, H, W] in [-1, 1]."""
     return noise(batch, 3, frames, height, width, seed=seed).mul(0.5).clamp(-1, 1)

@@ -32,12 +32,18 @@ def lib(name):
 
 
 def unet_config(kind):
-    """As the host's detection has it for SD 1.x, SD 2.x and SVD, one level of 64 channels."""
+    """As the host's detection has it for SD 1.x, SD 2.x and SVD, one level of 64 channels.
+
+    "sd15 in full": all levels and blocks of SD 1.5, at a tenth of its width.
+    """
     config = dict(image_size=32, in_channels=4, out_channels=4, model_channels=64, num_res_blocks=[1], channel_mult=[1],
                   transformer_depth=[1], transformer_depth_output=[1, 1], transformer_depth_middle=1, context_dim=16,
                   use_spatial_transformer=True, legacy=False, dtype=host.torch.float32,
                   use_linear_in_transformer=kind != "sd15", adm_in_channels=None, use_temporal_attention=False,
                   use_temporal_resblock=False)
+    if kind == "sd15 in full":
+        config |= dict(model_channels=32, num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], use_linear_in_transformer=False,
+                       transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1] * 9 + [0] * 3, num_heads=8)
     if kind == "svd":
         config |= dict(in_channels=8, num_classes="sequential", adm_in_channels=768, use_temporal_attention=True,
                        use_temporal_resblock=True, extra_ff_mix_layer=True, use_spatial_context=True, merge_factor=0.0,
@@ -50,12 +56,12 @@ def sampler(kind, seed=0):
     from comfy import model_base, model_patcher, supported_models
 
     classes = {"sd15": supported_models.SD15, "sd21": supported_models.SD20, "svd": supported_models.SVD_img2vid}
-    config = classes[kind](unet_config(kind))
+    config = classes[kind.split()[0]](unet_config(kind))
     config.set_inference_dtype(host.torch.float32, None)
     if kind == "svd":
         model = model_base.SVD_img2vid(config)
     else:
-        model = model_base.BaseModel(config, model_base.ModelType[{"sd15": "EPS", "sd21": "V_PREDICTION"}[kind]])
+        model = model_base.BaseModel(config, model_base.ModelType["V_PREDICTION" if kind == "sd21" else "EPS"])
     generator = host.torch.Generator().manual_seed(seed)
     for parameter in model.diffusion_model.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
@@ -78,6 +84,25 @@ def latents():
     return folder
 
 
+def motion_file(places=("down_blocks.0.motion_modules.0", "up_blocks.0.motion_modules.0", "up_blocks.0.motion_modules.1"),
+                channels=(64, 64, 64), length=32, seed=4):
+    """A motion module of AnimateDiff for a narrow UNet, its weights random; returns the file."""
+    motion, torch = lib("adaptation.motion"), host.torch
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for place, width in zip(places, channels, strict=True):
+        for name, tensor in motion.TemporalTransformer(width, length).state_dict().items():
+            tensors[f"{place}.temporal_transformer.{name}"] = torch.randn(tensor.shape, generator=generator) / width ** 0.5
+    file = host.base / f"motion_{len(places)}_{length}_{seed}.ckpt"
+    torch.save({"epoch": 1, "state_dict": tensors}, file)
+    return file
+
+
+def put_into(unet, file):
+    with host.torch.inference_mode(False):
+        lib("adaptation.comfyui").put_into(unet, lib("adaptation.motion").load_motion(file))
+
+
 class PictureEncoder:
     """Stands in for SVD's CLIP_VISION, which is 630M weights."""
 
@@ -95,10 +120,10 @@ def conditioner(model, **settings):
     return comfyui.FixedConditioner(context, torch.zeros(7, 16), {})
 
 
-def config(name, train="output", layers=(), steps=6, rate=1e-3, **run_settings):
+def config(name, train="output", layers=(), steps=6, rate=1e-3, motion="", **run_settings):
     settings = lib("adaptation.config")
     config = settings.AdaptConfig(
-        settings.ModelConfig(train=train, layers=list(layers), rank=4),
+        settings.ModelConfig(motion=str(motion), train=train, layers=list(layers), rank=4),
         settings.DataConfig(latents=str(latents()), validation=HELD_OUT, batch=2, workers=0),
         optim=settings.OptimConfig(steps=steps, learning_rate=rate, warmup=0, ema_decay=0.9),
         run=settings.RunConfig(out=str(host.base / "runs" / name), device="cpu",
@@ -110,7 +135,8 @@ def config(name, train="output", layers=(), steps=6, rate=1e-3, **run_settings):
 def trainer(model, config, resume=False):
     """As the command and the node make one; outside of inference mode."""
     comfyui, conditions = lib("adaptation.comfyui"), lib("adaptation.conditions")
-    taken = comfyui.Sampler(model)
+    motion = config.model.motion
+    taken = comfyui.Sampler(model, lib("adaptation.motion").load_motion(motion) if motion else None)
     folder = host.base / f"told_{taken.shows_first_frame}"  # once for all runs
     conditions.encode_conditions(lib("dataset").LatentDataset(config.data.latents), conditioner(taken), folder)
     return lib("adaptation.trainer").AdaptationTrainer(config, taken, folder, resume)
@@ -242,16 +268,18 @@ def the_network_is_called_as_the_sampler_calls_it():
 # -- training and what it leaves ---------------------------------------------------------------------
 
 
-def adapts(name, kind, train, layers=(), steps=25, rate=1e-2, gain=0.02):
+def adapts(name, kind, train, layers=(), steps=25, rate=1e-2, gain=0.02, motion=""):
     """Held-out loss falls, by ``gain`` of it; only what was named changes; the host's loader gives the trained model.
 
     At strength 0 it gives the original.
     """
     model = sampler(kind)
+    if motion:
+        put_into(model.model.diffusion_model, motion)
     before = {key: tensor.clone() for key, tensor in model.model.diffusion_model.state_dict().items()}
     original = outputs(model.model.diffusion_model, kind)
     with trainable():
-        running = trainer(model, config(name, train, layers, steps, rate))
+        running = trainer(model, config(name, train, layers, steps, rate, motion))
         file = running.run()
         assert running.scores["loss"] < (1 - gain) * running.scores["unadapted"], running.scores
         with running.ema.applied_to(running.adapter):
@@ -301,6 +329,129 @@ def svd_layers_by_name():
 @check
 def svd_lora_on_temporal_layers():
     adapts("lora", "svd", "lora", gain=0.005)
+
+
+# -- AnimateDiff -------------------------------------------------------------------------------------
+
+
+@check
+def motion_modules_sit_where_animatediff_puts_them():
+    """By hooks == inserted into the UNet's lists of layers, at the places that AnimateDiff has for SD 1.5."""
+    torch, motion = host.torch, lib("adaptation.motion")
+    widths = {"down_blocks": (32, 64, 128, 128), "up_blocks": (128, 128, 64, 32)}
+    places = {f"{side}.{level}.motion_modules.{k}": width for side, levels in widths.items()
+              for level, width in enumerate(levels) for k in range(2 if side == "down_blocks" else 3)}
+    for middle in ({}, {"mid_block.motion_modules.0": 128}):  # v3, v2
+        named = places | middle
+        file = motion_file(named, named.values())
+        hooked, inserted = (sampler("sd15 in full").model.diffusion_model for _ in range(2))
+        plain = outputs(hooked, "sd15")
+        put_into(hooked, file)
+
+        class Inserted(torch.nn.Module):
+            def __init__(self, transformer):
+                super().__init__()
+                self.transformer = transformer
+
+            def forward(self, x):
+                return self.transformer(x, 5)
+
+        modules = {place: Inserted(module) for place, module in motion.load_motion(file).places.items()}
+        for block, place in zip((1, 2, 4, 5, 7, 8, 10, 11), list(places)[:8], strict=True):
+            inserted.input_blocks[block].append(modules[place])
+        for block, place in enumerate(list(places)[8:]):
+            layers = inserted.output_blocks[block]
+            layers.insert(len(layers) - (block in (2, 5, 8)), modules[place])  # in front of Upsample
+        for place in middle:
+            inserted.middle_block.insert(2, modules[place])
+        found = outputs(hooked, "sd15")
+        assert torch.equal(found, outputs(inserted, "sd15")) and not torch.allclose(found, plain, atol=1e-2)
+
+
+@check
+def animatediff_output_layer():
+    running = adapts("animatediff", "sd15", "output", motion=motion_file())
+    assert running.data.longest == 5
+    linear = host.torch.linspace(0.00085, 0.012, 1000, dtype=host.torch.float64)
+    kept = (1 - linear).cumprod(0)
+    close(running.sampler.sampling.sigmas, ((1 - kept) / kept).sqrt().float(), 1e-6)
+    assert running.sampler.sampling.sigmas[-1] > 15  # SD 1.5's own end at 14.6
+
+
+@check
+def checkpointed_motion_modules_change_nothing():
+    with trainable():
+        plain, less = (trainer(sampler("sd15"), config(f"motion_{kept}", "output+input", steps=2, checkpointing=not kept,
+                                                       motion=motion_file())) for kept in (True, False))
+        plain.run()
+        less.run()
+    assert same_state(dict(plain.adapter.state_dict()), dict(less.adapter.state_dict()))
+
+
+@check
+def motion_modules_that_do_not_fit_are_refused():
+    def taken(kind, *drawn):
+        return lib("adaptation.comfyui").Sampler(sampler(kind), lib("adaptation.motion").load_motion(motion_file(*drawn)))
+
+    with trainable():
+        raises("only one of them has down_blocks", taken, "sd15 in full")
+        raises("only one of them has down_blocks.0", taken, "sd15", ["mid_block.motion_modules.0"], [64])
+        raises("are for SD 1.5", taken, "sd21")
+        short = motion_file(("mid_block.motion_modules.0", "down_blocks.0.motion_modules.0", "up_blocks.0.motion_modules.0",
+                             "up_blocks.0.motion_modules.1"), (64,) * 4, length=3)
+        raises("up to 5 latents, and the motion module has positions for 3. Set data.frames to 3", trainer, sampler("sd15"),
+               config("short", motion=short))
+        trainer(sampler("sd15"), config("moved", steps=2, motion=motion_file())).run()
+        raises("another model", trainer, sampler("sd15"), config("moved", steps=4, motion=motion_file(seed=5)), True)
+        raises("no temporal layers of its own", trainer, sampler("sd15"), config("lora", "lora", motion=motion_file()))
+
+
+@check
+def the_node_adapts_for_animatediff():
+    text = [[host.torch.ones(1, 7, 16), {}]]
+    told = {"positive": text, "vae": None, "clip_vision": None}
+    folder = host.base / "models" / "animatediff_models"
+    folder.mkdir(exist_ok=True)
+    file = motion_file().rename(folder / "v3_test.ckpt")
+    listed = host.nodes.NODE_CLASS_MAPPINGS["CVVAEAdapt"].define_schema
+    assert listed().inputs[-1].options == ["none"]
+    host.folder_paths.add_model_folder_path("animatediff_models", str(folder))
+    try:
+        assert listed().inputs[-1].options == ["none", "v3_test.ckpt"]
+        name = adapt("motion", sampler("sd15"), motion_module="v3_test.ckpt", **told)[1]
+        plain = adapt("no_motion", sampler("sd15"), **told)[1]
+    finally:
+        del host.folder_paths.folder_names_and_paths["animatediff_models"]
+        file.unlink()
+    a, b = (load_file(host.base / "models" / "loras" / name) for name in (name, plain))
+    assert a.keys() == b.keys() and not same_state(a, b), "the motion module made no difference"
+
+
+@check
+def what_is_put_into_a_model_while_it_samples_is_not_left_out_in_silence():
+    from comfy.patcher_extension import PatcherInjection
+
+    model = sampler("sd15")
+    model.set_injections("ADE", [PatcherInjection(lambda patcher: None, lambda patcher: None)])
+    raises("modules put into it while it samples (ADE)", lib("adaptation.comfyui").Sampler, model)
+
+
+@check
+def the_schedule_put_on_a_model_is_the_one_trained():
+    from comfy import model_sampling
+
+    class Velocity(model_sampling.ModelSamplingDiscrete, model_sampling.V_PREDICTION):
+        pass
+
+    patched, wanted = sampler("sd15").clone(), Velocity()
+    wanted.set_sigmas(host.torch.linspace(0.1, 9, 500))
+    patched.add_object_patch("model_sampling", wanted)
+    with trainable():
+        taken = lib("adaptation.comfyui").Sampler(patched)
+    assert host.torch.equal(taken.sampling.sigmas, wanted.sigmas) and isinstance(taken.sampling, Velocity)
+
+
+# -- runs --------------------------------------------------------------------------------------------
 
 
 @check

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfy_host import REPOSITORY, find_host
+from random_weights import motion_state
 from safetensors import safe_open
 from small_run import kill_when_saved
 
@@ -134,8 +135,12 @@ def assert_adapted(done, clips, folder, steps):
         assert all(file.get_tensor(name).abs().max() > 0 for name in file.keys())
 
 
-def test_adapts_a_checkpoint(host, clips, tmp_path):
-    assert_adapted(finished(adapt(host, clips, tmp_path, "sd15")), clips, tmp_path, 4)
+def test_adapts_a_checkpoint_with_a_motion_module(host, clips, tmp_path):
+    places = ("down_blocks.0.motion_modules.0", "up_blocks.0.motion_modules.0", "up_blocks.0.motion_modules.1")
+    torch.save({name: tensor for place in places for name, tensor in motion_state(place).items()}, clips / "motion.ckpt")
+    assert_adapted(finished(adapt(host, clips, tmp_path, "sd15", "model.motion=motion.ckpt")), clips, tmp_path, 4)
+    with safe_open(tmp_path / "run" / "adapter.safetensors", framework="pt") as file:
+        assert '"motion": "motion.ckpt"' in file.metadata()["cvvae"]
 
 
 def test_kill_9_loses_the_steps_since_the_last_save_and_nothing_else(host, clips, tmp_path):
