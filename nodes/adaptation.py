@@ -1,13 +1,11 @@
 """What Adapt Sampler to CV-VAE does: node inputs to a run of the library's adaptation.  Imported when one begins."""
 
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 import torch
 from torch import Tensor
 
@@ -30,7 +28,7 @@ from ..cvvae.dataset import LatentDataset, Settings, encode_dataset
 from ..cvvae.frames import frames_of
 from ..cvvae.training.config import ConfigError
 from ..cvvae.training.pictures import loss_plot
-from .common import as_image, inside, require_cv_vae, runs_folder
+from .common import as_image, inside, require_cv_vae, runs_folder, writable_folder
 from .host import all_memory, check_cancelled, show_text, training_device, weights_of, with_lora
 from .training import ENOUGH, HELD_OUT, Progress, find_folder, has_begun, read_losses, run_trainer
 
@@ -55,6 +53,7 @@ def adapt(model, motion: str, folder: str, train: str, steps: int, learning_rate
     motion: path of a motion module, or empty.
     """
     out = inside(runs_folder(), run, "run")
+    loras = writable_folder("loras")  # known before hours of training
     # Nodes run in inference mode: what is trained must not come from there.  The trainer seeds torch, and the host draws
     # from it too.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
@@ -79,7 +78,7 @@ def adapt(model, motion: str, folder: str, train: str, steps: int, learning_rate
                         node_id, "choose fewer latents, a smaller width and height, or the output layer",
                         "run.out is 'run', run.seed 'seed', model.train 'train', model.motion 'motion_module', data.frames "
                         "'latents'")
-    name = keep(out / "adapter.safetensors", run)
+    name = keep(out / "adapter.safetensors", loras, run)
     plot = as_image(loss_plot(out / "losses.csv", out / "validation.csv"))
     return with_lora(model, out / "adapter.safetensors"), name, {"loss": read_losses(out / "losses.csv")}, plot
 
@@ -148,15 +147,9 @@ def tell(text: str, node_id: str | None) -> None:
     show_text(text, node_id)
 
 
-def keep(path: Path, run: str) -> str:
-    """Copy the result to ComfyUI's LoRAs; returns its name there."""
-    folders = folder_paths.get_folder_paths("loras")
-    folder = next((folder for folder in map(Path, folders)
-                   if os.access(folder if folder.exists() else folder.parent, os.W_OK)), None)
-    if folder is None:
-        raise PermissionError(f"None of ComfyUI's folders of LoRAs may be written to: {', '.join(folders)}. The result is "
-                              f"in {path}.")
-    copy = inside(folder / "cv-vae", f"{run.strip()}.safetensors", "run")
+def keep(path: Path, loras: Path, run: str) -> str:
+    """Copy the result to ``loras``; returns its name there."""
+    copy = inside(loras / "cv-vae", f"{run.strip()}.safetensors", "run")
     copy.parent.mkdir(parents=True, exist_ok=True)
     write_whole(copy, lambda partial: shutil.copyfile(path, partial))
-    return copy.relative_to(folder.resolve()).as_posix()
+    return copy.relative_to(loras.resolve()).as_posix()

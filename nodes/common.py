@@ -100,6 +100,15 @@ def inside(folder: str | os.PathLike, name: str, what: str) -> Path:
     return path
 
 
+def writable_folder(kind: str) -> Path:
+    """The first of ComfyUI's folders of models of ``kind`` that may be written to."""
+    folders = folder_paths.get_folder_paths(kind)
+    for folder in map(Path, folders):
+        if os.access(folder if folder.exists() else folder.parent, os.W_OK):
+            return folder
+    raise PermissionError(f"None of ComfyUI's folders models/{kind} may be written to: {', '.join(folders)}.")
+
+
 def runs_folder() -> Path:
     """Where the finetunes lie, a folder each."""
     return Path(folder_paths.get_output_directory()) / "cv-vae"

@@ -8,9 +8,8 @@ import folder_paths
 from comfy_api.v0_0_2 import io, ui
 
 from ..cvvae.download import PUBLISHED, download
-from .common import CATEGORY
+from .common import CATEGORY, writable_folder
 from .host import Progress, check_cancelled, show_text
-from .save import writable_folder
 
 WHAT_FOR = "; ".join(f"{name} for {entry.made_for} ({entry.latent_channels} channels, {entry.size})"
                      for name, entry in PUBLISHED.items())
@@ -49,7 +48,7 @@ class CVVAEDownload(io.ComfyNode):
         there = folder_paths.get_full_path("vae", PUBLISHED[weights].file)  # in any of the folders of VAEs
         report = Report(cls.hidden.unique_id if cls.hidden else None)
         show_text("Asking Hugging Face", report.node_id)
-        path = download(weights, Path(there).parent if there else writable_folder(), report, check_cancelled)
+        path = download(weights, Path(there).parent if there else writable_folder("vae"), report, check_cancelled)
         show_text(f"{path.name} is there", report.node_id)
         return io.NodeOutput(path.name, ui=ui.PreviewText(f"{path.name} is in {path.parent}"))
 

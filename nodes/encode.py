@@ -5,7 +5,7 @@ from comfy_api.v0_0_2 import io
 from .common import CATEGORY, IMAGES, MODES, VIDEO, make_tiling, require_cv_vae, tiling_inputs
 from .media import media_input, read_media
 
-FRAMES_AS_BATCH, CLIP = "frames as batch [t, C, h, w]", "clip [1, C, t, h, w]"
+FRAMES_AS_BATCH, CLIP = "frames as batch", "clip with time axis"
 AS_LOADED = "as loaded"
 
 

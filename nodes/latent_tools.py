@@ -11,9 +11,9 @@ from .common import as_image
 from .encode import CLIP, FRAMES_AS_BATCH
 from .latent_dict import BOTH_LAYOUTS, LATENT_CATEGORY, answer, count, outputs, read, remember
 
-INDEPENDENT = "independent images [n, C, h, w]"
+INDEPENDENT = "independent images"
 WHOLE_CLIP, EACH_LATENT = "whole clip", "each latent"
-CHANNELS = {f"{channels} channels ({expected.family})": channels for channels, expected in EXPECTED.items()}
+CHANNELS = {f"{channels} ({expected.family})": channels for channels, expected in EXPECTED.items()}
 
 
 class CVVAELatentLayout(io.ComfyNode):

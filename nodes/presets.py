@@ -23,7 +23,7 @@ class Preset:
         return max(frames for frames, *_ in self.buckets)
 
 
-DEMONSTRATION = "demonstration (CPU, minutes)"
+DEMONSTRATION = "demonstration (CPU)"
 PRESETS = {
     DEMONSTRATION: Preset([(1, 48, 48, 4, 0.1), (9, 48, 48, 2, 0.9)], 9, 128, max_stride=2, checkpointing=False,
                           perceptual="none"),

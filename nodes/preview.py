@@ -6,13 +6,14 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..cvvae.frames import SPACE_FACTOR
 from ..cvvae.latents.preview import LinearPreview, fit_preview, load_preview, pairs_of
+from ..cvvae.latents.statistics import EXPECTED
 from ..cvvae.metrics import held
 from .example import FILES, CVVAEExample
 from .host import latent_colours
 from .latent_dict import LATENT_CATEGORY, coders, read
-from .latent_tools import CHANNELS
 from .loader import BUILT_IN
 
+COLOURS = {f"{channels} channels ({expected.family})": channels for channels, expected in EXPECTED.items()}
 LATENTS, FRAMES = "one picture per latent", "one picture per frame"
 FRAMES_TO_FIT = 9  # of each example clip: more of them show the same colours again
 
@@ -33,7 +34,7 @@ class CVVAEPreviewLatents(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Latent.Input("samples", tooltip="Latents of the model chosen below."),
-                io.Combo.Input("model", options=[BUILT_IN, *CHANNELS], default=BUILT_IN,
+                io.Combo.Input("model", options=[BUILT_IN, *COLOURS], default=BUILT_IN,
                                tooltip="The model that the latents belong to: with another one the colours are wrong. By "
                                        "channels are ComfyUI's own colours for SD 1.5 and SD 3, in whose latent spaces the "
                                        "published weights work."),
@@ -62,7 +63,7 @@ class CVVAEPreviewLatents(io.ComfyNode):
 
 
 def preview_of(model: str) -> LinearPreview:
-    return load_preview("tiny") if model == BUILT_IN else latent_colours(CHANNELS[model])
+    return load_preview("tiny") if model == BUILT_IN else latent_colours(COLOURS[model])
 
 
 def fitted_to(vae) -> LinearPreview:

@@ -1,15 +1,13 @@
 """Save CV-VAE: into models/vae, where Load CV-VAE finds it."""
 
-import os
 from itertools import count
 from pathlib import Path
 
-import folder_paths
 import torch
 from comfy_api.v0_0_2 import io, ui
 
 from .. import cvvae
-from .common import CATEGORY, inside, require_cv_vae
+from .common import CATEGORY, inside, require_cv_vae, writable_folder
 from .host import show_text
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -44,20 +42,11 @@ class CVVAESave(io.ComfyNode):
     @classmethod
     def execute(cls, vae, name: str, dtype: str, description: str = "") -> io.NodeOutput:
         vae = require_cv_vae(vae, "For other VAEs use ComfyUI's own node VAESave.")
-        path = unused(inside(writable_folder(), name.strip().removesuffix(".safetensors"), "name"))
+        path = unused(inside(writable_folder("vae"), name.strip().removesuffix(".safetensors"), "name"))
         path.parent.mkdir(parents=True, exist_ok=True)
         cvvae.save(vae.model, path, DTYPES[dtype], {"description": description})
         show_text(f"Saved as {path.name}", cls.hidden.unique_id if cls.hidden else None)
         return io.NodeOutput(ui=ui.PreviewText(f"Saved as {path}"))
-
-
-def writable_folder() -> Path:
-    """The first of ComfyUI's folders of VAEs that may be written to."""
-    folders = folder_paths.get_folder_paths("vae")
-    for folder in map(Path, folders):
-        if os.access(folder if folder.exists() else folder.parent, os.W_OK):
-            return folder
-    raise PermissionError(f"None of ComfyUI's folders of VAEs may be written to: {', '.join(folders)}.")
 
 
 def unused(path: Path) -> Path:

@@ -607,7 +607,7 @@ def odd_sizes_and_lengths_come_back():
 def both_layouts_and_extra_keys():
     vae, pixels = load(), clip(7)
     batch = run("CVVAEEncode", pixels=pixels, vae=vae)[0]
-    five = run("CVVAEEncode", pixels=pixels, vae=vae, layout="clip [1, C, t, h, w]")[0]
+    five = run("CVVAEEncode", pixels=pixels, vae=vae, layout="clip with time axis")[0]
     shape(five["samples"], 1, 4, 3, 6, 8)
     close(five["samples"][0].movedim(0, 1), batch["samples"], 0)
     images = run("CVVAEDecode", samples=batch | {"noise_mask": None}, vae=vae)[0]

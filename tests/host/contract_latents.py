@@ -18,7 +18,7 @@ CHECKS, host, check, clip, close, load, raises, run, shape = (
 CHECKS.clear()  # contract.py's own run by itself
 
 FORWARD, BACKWARD, THERE_AND_BACK, SEAMLESS = "forward", "backward", "there and back (loop)", "end fades into start (loop)"
-BATCH, CLIP, IMAGES = "frames as batch [t, C, h, w]", "clip [1, C, t, h, w]", "independent images [n, C, h, w]"
+BATCH, CLIP, IMAGES = "frames as batch", "clip with time axis", "independent images"
 
 
 def tools():
@@ -178,7 +178,7 @@ def autogrow_works_through_the_queue():
 
     prompt = {
         "a": {"class_type": "CVVAEEmptyLatents", "inputs": {"width": 64, "height": 48, "frames": 1, "layout": BATCH,
-                                                            "channels": "4 channels (SD 1.x, SD 2.x, SVD)"}},
+                                                            "channels": "4 (SD 1.x, SD 2.x, SVD)"}},
         "b": {"class_type": "CVVAENormalizeLatents", "inputs": {"samples": ["a", 0], "over": "whole clip", "strength": 1.0}},
         "c": {"class_type": "CVVAEInterpolateLatents",
               "inputs": {"keyframes.keyframe2": ["b", 0], "keyframes.keyframe0": ["a", 0], "keyframes.keyframe1": ["a", 0],
@@ -406,7 +406,7 @@ def normalize_equals_the_library():
 
 @check
 def empty_latents_for_frames():
-    latent, frames = run("CVVAEEmptyLatents", width=100, height=64, frames=30, channels="16 channels (SD 3)")
+    latent, frames = run("CVVAEEmptyLatents", width=100, height=64, frames=30, channels="16 (SD 3)")
     shape(latent["samples"], 9, 16, 8, 13)
     assert frames == 30 and latent["samples"].count_nonzero() == 0
     latent, frames = run("CVVAEEmptyLatents", width=100, height=60, frames=30, layout=CLIP)

@@ -174,7 +174,7 @@ def test_a_video_keeps_its_speed_and_its_sound(server):
     run = {"1": ("LoadVideo", {"file": "film.mp4"}),
            "2": ("CVVAELoader", {"vae_name": "tiny (built in)", "batch_is": "video clip", "dtype": "fp32"}),
            "3": ("CVVAEEncode", {"pixels": ["1", 0], "vae": ["2", 0], "mode": "as loaded", **PIECES,
-                                 "layout": "frames as batch [t, C, h, w]"}),
+                                 "layout": "frames as batch"}),
            "4": ("CVVAEDecode", {"samples": ["3", 0], "vae": ["2", 0], "mode": "auto", "frames": 0, **PIECES}),
            "5": ("SaveVideo", {"video": ["4", 1], "filename_prefix": "film", "format": "auto", "codec": "auto"})}
     [path] = server.run({key: {"class_type": node, "inputs": inputs} for key, (node, inputs) in run.items()})["5"]
