@@ -105,7 +105,7 @@ class Sampler:
             self.unet = _fresh_unet(base, _weights(model))
             self.sampling = _ordinary(model.get_model_object("model_sampling"))
         if motion is not None:
-            put_into(self.unet, motion)
+            put_into(self.unet, motion.to(next(self.unet.parameters()).dtype))
             self.sampling.set_sigmas(training_sigmas())
         self.scale = base.latent_format.process_in
 
@@ -135,7 +135,7 @@ def _weights(model: Any) -> dict[str, Tensor]:
 
 def put_into(unet: nn.Module, motion: MotionModules) -> None:
     """Have ``motion`` run where AnimateDiff does.  As hooks, so that the UNet's parameters keep their names."""
-    layers = _layers_before(unet)
+    layers = places_of(unet)
     if missing := layers.keys() - motion.places.keys() - {MIDDLE} or motion.places.keys() - layers.keys():
         raise ConfigError(f"This motion module is for another UNet: only one of them has {sorted(missing)[0]}. Take one "
                           "for SD 1.5.")
@@ -147,11 +147,10 @@ def put_into(unet: nn.Module, motion: MotionModules) -> None:
 
     unet.register_forward_pre_hook(note, with_kwargs=True)
     for place, transformer in motion.places.items():
-        transformer.to(next(unet.parameters()).dtype)
         layers[place].register_forward_hook(lambda layer, inputs, x, transformer=transformer: transformer(x, frames))
 
 
-def _layers_before(unet: nn.Module) -> dict[str, nn.Module]:
+def places_of(unet: nn.Module) -> dict[str, nn.Module]:
     """AnimateDiff's names of its modules -> the layer of a UNet of SD 1.5 that each comes behind.
 
     One comes behind each residual block with its attention, before what changes the size; in the middle before the last
