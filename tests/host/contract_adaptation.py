@@ -403,7 +403,7 @@ def motion_modules_that_do_not_fit_are_refused():
                config("short", motion=short))
         trainer(sampler("sd15"), config("moved", steps=2, motion=motion_file())).run()
         raises("another model", trainer, sampler("sd15"), config("moved", steps=4, motion=motion_file(seed=5)), True)
-        raises("no temporal layers of its own", trainer, sampler("sd15"), config("lora", "lora", motion=motion_file()))
+        raises("no temporal layers of its own", trainer, sampler("sd15"), config("no_lora", "lora", motion=motion_file()))
 
 
 @check
