@@ -77,30 +77,28 @@ def reconstruct(vae: VideoVAE, source: str | Path, target: str | Path, step: Ste
 
     with VideoWriter(target, probe(source).fps, audio_from=source) as writer:
         latents = count(vae.encode_stream(_parts(remember(read_frames(source))), step))
-        for clip in _split(vae.decode_stream(latents, step)):
+        for picture in _pictures(vae.decode_stream(latents, step)):
             if not pending:
-                continue  # all of it is what encode padded
-            height, width, _ = shape = pending[0].pixels.shape
-            clip = clip[:, :, :len(pending), :height, :width]
-            originals = [pending.popleft() for _ in range(clip.shape[2])]
-            decoded = to_frames(clip)
-            del clip
-            for frame, pixels in zip(originals, decoded, strict=True):
-                writer.write(pixels, frame.time)
-            error, likeness = _compared(decoded, [frame.pixels for frame in originals])
-            squared_error += error * len(originals)
-            similarity += likeness * len(originals)
-            written += len(originals)
+                continue  # encode padded it
+            original = pending.popleft()
+            height, width, _ = shape = original.pixels.shape
+            decoded = to_frames(picture[..., :height, :width])
+            del picture  # a view of its clip
+            writer.write(decoded[0], original.time)
+            error, likeness = _compared(decoded, [original.pixels])
+            squared_error += error
+            similarity += likeness
+            written += 1
     height, width, _ = shape
     latent_shape = (vae.config.latent_channels, latent_frames, latent_side(height), latent_side(width))
     return Report(written, height, width, latent_shape, metrics.decibels(squared_error / written),
                   similarity / written, time.monotonic() - started)
 
 
-def _split(clips: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Clips in parts of a few frames.  None is kept while the next one is computed: that is when memory is scarce."""
+def _pictures(clips: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Frames of clips, one by one.  None is kept while the next clip is computed: that is when memory is scarce."""
     for clip in clips:
-        yield from clip.split(PART, dim=2)
+        yield from clip.split(1, dim=2)
         del clip
 
 

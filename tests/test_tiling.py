@@ -295,10 +295,10 @@ class TestSharedStatistics:
 
     def test_pooling_copies_of_one_piece_changes_nothing(self, vae):
         latents, statistics = noise(1, 4, 2, 6, 5), Statistics()
-        expected = Executor(lambda frames, width: 4, statistics=statistics).decode(vae.decoder, latents)
-        Executor(lambda frames, width: 4, statistics=statistics).decode(vae.decoder, latents)
+        expected = Executor(lambda *_: 4, statistics=statistics).decode(vae.decoder, latents)
+        Executor(lambda *_: 4, statistics=statistics).decode(vae.decoder, latents)
         statistics.pool()
-        pooled = Executor(lambda frames, width: 4, statistics=statistics).decode(vae.decoder, latents)
+        pooled = Executor(lambda *_: 4, statistics=statistics).decode(vae.decoder, latents)
         assert distance(pooled, expected) < 1e-5
 
     def test_pooling_makes_a_tile_depend_on_the_others(self, vae):

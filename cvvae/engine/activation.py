@@ -197,12 +197,14 @@ def settle(made: Sequence[Activation], parents: Sequence[Activation], store: Sto
                 if room:
                     activation.kept[i] = store.keep(piece)
         del pieces
+        for activation in made:
+            activation.recent.clear()  # it is its parents that the next strip looks back at
         # The kernels of the next strip still look back at the rows under this one.
         finished = rows[i == count - 1]
         for parent in parents:
             _release(parent, made, i, finished, store)
         check()
-    for activation in (*made, *parents):
+    for activation in parents:
         activation.recent.clear()
     if all(piece is not None for activation in made for piece in activation.kept):
         for activation in made:

@@ -42,7 +42,7 @@ class Border:
 class Executor:
     """One pass of a clip through an encoder or a decoder.
 
-    strip_rows: (frames, width) of a layer -> rows of a strip.
+    strip_rows: (frames, width, channels) of a layer -> rows of a strip; channels read or made, whichever are more.
     memory: bytes that kept activations may take; None for no limit.
     stills: the frames are independent images, not a clip.
     check: called after every strip; may raise to cancel.
@@ -51,7 +51,7 @@ class Executor:
     passes: how activations are normalised and measured.
     """
 
-    def __init__(self, strip_rows: Callable[[int, int], int], memory: int | None = None, stills: bool = False,
+    def __init__(self, strip_rows: Callable[[int, int, int], int], memory: int | None = None, stills: bool = False,
                  check: Callable[[], None] = lambda: None, weights: Weights = own_weights,
                  statistics: Statistics | None = None, passes: Passes = EAGER):
         self.strip_rows = strip_rows
@@ -103,7 +103,7 @@ class Executor:
             weight, bias = self.weights(block.nin_shortcut, h.like)
             weight = kernels.prepared(weight.flatten(2)[..., None, None])
             shortcut = self._layer(h.shape, lambda start, stop: kernels.convolve(given.rows(start, stop), weight, bias),
-                                   h.like)
+                                   h.like, weight.shape[1])
             given = x
             if weight.shape[0] < weight.shape[1]:
                 # Smaller than its input, which can go while the first convolution runs.
@@ -145,12 +145,12 @@ class Executor:
             border = Border((1, 1), padding.space_mode, padding.time, padding.time_mode)
         kernel, bias, border = self._kernel(conv, border, x.like)
         affine = None if norm is None else self._affine(norm, x)
-        frames, _, height, width = x.shape
+        frames, channels, height, width = x.shape
 
         def compute(start: int, stop: int) -> Tensor:
             return kernels.convolve(self._bordered(x, start - 1, stop + 1, border, affine), kernel, bias)
 
-        return self._layer((frames, kernel.shape[0], height, width), compute, x.like)
+        return self._layer((frames, kernel.shape[0], height, width), compute, x.like, channels)
 
     def _downsampled(self, down: Downsample, x: Activation) -> Activation:
         border = Border(down.space, down.space_mode, (2, 0) if down.temporal else (0, 0))
@@ -165,7 +165,7 @@ class Executor:
             return kernels.convolve(rows, kernel, bias, (time, 2))
 
         # No more rows than a strip of the larger input has, of which they take twice as many.
-        return self._layer(((frames - 1) // time + 1, channels, *small), compute, x.like, x.strip)
+        return self._layer(((frames - 1) // time + 1, channels, *small), compute, x.like, most=x.strip)
 
     def _upsampled(self, up: Upsample, x: Activation) -> Activation:
         border = Border((1, 1), up.space_mode, (1, 1) if up.temporal else (0, 0))
@@ -252,10 +252,11 @@ class Executor:
     # -- activations ---------------------------------------------------------------------------------
 
     def _layer(self, shape: tuple[int, int, int, int], compute: Compute | None, like: Tensor,
-               most: float = math.inf) -> Activation:
-        """most: rows of a strip."""
+               channels: int = 0, most: float = math.inf) -> Activation:
+        """channels: that are read.  most: rows of a strip."""
         moments = Moments(self.stills, self.passes.sums)
-        return Activation(shape, min(self.strip_rows(shape[0], shape[3]), most), compute, like, moments)
+        rows = self.strip_rows(shape[0], shape[3], max(channels, shape[1]))
+        return Activation(shape, min(rows, most), compute, like, moments)
 
     def _input(self, x: Tensor) -> Activation:
         """[1, C, T, H, W], all there from the start."""

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 # A strip of a full-resolution layer: on the CPU what its caches hold, of a clip, which is convolved a few frames
 # at a time, twice that; elsewhere enough to keep a GPU busy.
 STRIP_BYTES_CPU = 16 * 10 ** 6
+# In layers of few channels kernels are small, and to transform them again for more strips costs little: there as many
+# bytes, of the layer itself, as leave the short-lived tensors of all layers about equally large.
+STRIP_BYTES_CPU_NARROW, NARROW = 9 * 10 ** 6, 64
 STRIP_BYTES_CPU_PICTURE = 2 ** 23  # 32 rows of 512 pixels and 128 channels
 STRIP_BYTES_ELSEWHERE = 256 * 10 ** 6
 LOW_STRIP = 8  # rows; in lower ones the rows that neighbours share cost too much
@@ -85,15 +88,21 @@ class Footprint:
         """
         return min(self.peak(), self._deep(LOWEST_STRIP) + self.kept() // 6)
 
-    def plan(self, memory: int | None) -> tuple[Callable[[int, int], int], int | None]:
-        """How to compute within ``memory``: (frames, width) of a layer -> rows of a strip, and bytes to keep."""
+    def plan(self, memory: int | None) -> tuple[Callable[[int, int, int], int], int | None]:
+        """How to compute within ``memory``: (frames, width, channels) of a layer -> rows of a strip, and bytes to keep."""
         if memory is not None and self.device == "cpu":
             memory -= int(memory * HOLES)
         if memory is None or memory >= self.peak():
-            return lambda frames, width: self._strip(frames, width, self._strip_bytes(), self._low()), None
+            return self._rows, None
         # As few rows in smaller layers too: there are many more of them, and what they hold adds up.
         rows = self._rows_of(min(self._strip_bytes(), memory // 250), LOWEST_STRIP)
-        return lambda frames, width: rows, max(0, memory - self._deep(rows))
+        return lambda *_: rows, max(0, memory - self._deep(rows))
+
+    def _rows(self, frames: int, width: int, channels: int) -> int:
+        rows = self._strip(frames, width, self._strip_bytes(), self._low())
+        if self.device == "cpu" and self.frames > 1 and channels <= NARROW:
+            rows = min(rows, self._strip(frames, width, STRIP_BYTES_CPU_NARROW, self._low(), channels))
+        return rows
 
     def _deep(self, rows: int) -> int:
         return SCRATCH + DEEP * (3 * rows + 8) * self.row
@@ -109,9 +118,12 @@ class Footprint:
     def _rows_of(self, size: int, lowest: int) -> int:
         return self._strip(self.frames, self.width, size, lowest)
 
-    def _strip(self, frames: int, width: int, size: int, lowest: int) -> int:
-        """Rows of about ``size`` bytes, as many times ``lowest`` as that gives, at least once."""
-        row = frames * width * self.channels * self.itemsize
+    def _strip(self, frames: int, width: int, size: int, lowest: int, channels: int = 0) -> int:
+        """Rows of about ``size`` bytes, as many times ``lowest`` as that gives, at least once.
+
+        channels: as many as at full resolution where none are given.
+        """
+        row = frames * width * (channels or self.channels) * self.itemsize
         return max(1, size // row // lowest) * lowest
 
 

@@ -23,17 +23,20 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, tap, bias) ->
 
 def filtered(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product) -> Tensor:
     """A 3-tap filter along ``axis``: by fours, what is left by twos, what is left by one."""
-    count = x.shape[axis] - 2
-    parts, done = [], 0
+    shape = [x.shape[0], taps[0].shape[0], *(x.shape[side] - taps[0].shape[side] + 1 for side in (ROWS, COLUMNS))]
+    shape[axis] = count = x.shape[axis] - 2
+    out, done = _room(x, shape), 0
     for step, method in ((4, _fours), (2, _twos), (1, _ones)):
         many = (count - done) // step * step
         if many:
-            parts.append(method(x.narrow(axis, done, many + 2), taps, bias, axis, product))
+            places = [_every(out.narrow(axis, done, many), k, step, many, axis) for k in range(step)]
+            method(x.narrow(axis, done, many + 2), taps, bias, axis, product, *places)
             done += many
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+    return out
 
 
-def _fours(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product) -> Tensor:
+def _fours(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product,
+           first: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> None:
     """F(4, 3) at 0, +-p, +-q and infinity; the products at p and q are scaled by the square of the point."""
     pp, qq = 0.5, 2.0  # squares of p and q
     p, q = pp ** 0.5, qq ** 0.5
@@ -52,36 +55,35 @@ def _fours(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, pr
         minus = product(even.sub_(odd, alpha=point), outer - inner, shares[1])
         return plus + minus, plus.sub_(minus)
 
-    at_zero = torch.sub(at(4), at(2), alpha=pp + qq).add_(at(0), alpha=pp * qq)
-    zero = product(at_zero, past / (pp * qq), None if bias is None else bias * (1 - 1 / pp))
-    at_infinity = torch.sub(at(5), at(3), alpha=pp + qq).add_(at(1), alpha=pp * qq)
-    infinity = product(at_infinity, future, None if bias is None else bias * (1 - pp))
+    def end(k: int, tap: Tensor, share: float) -> Tensor:
+        """The product at zero or at infinity."""
+        seen = torch.sub(at(k + 4), at(k + 2), alpha=pp + qq).add_(at(k), alpha=pp * qq)
+        return product(seen, tap, None if bias is None else bias * share)
+
     (p_sum, p_difference), (q_sum, q_difference) = pair(p, pp, qq), pair(q, qq, pp)
-    out, (first, second, third, fourth) = _interleaved(p_sum, 4, axis)
-    torch.add(zero.add_(p_sum, alpha=1 / pp), q_sum, alpha=1 / qq, out=first)
-    torch.add(infinity.add_(p_difference, alpha=p), q_difference, alpha=q, out=fourth)
-    torch.add(p_difference.mul_(1 / p), q_difference, alpha=1 / q, out=second)
     torch.add(p_sum, q_sum, out=third)
-    return out
+    torch.add(end(0, past / (pp * qq), 1 - 1 / pp).add_(p_sum, alpha=1 / pp), q_sum, alpha=1 / qq, out=first)
+    del p_sum, q_sum
+    torch.add(end(1, future, 1 - pp).add_(p_difference, alpha=p), q_difference, alpha=q, out=fourth)
+    torch.add(p_difference.mul_(1 / p), q_difference, alpha=1 / q, out=second)
 
 
-def _twos(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product) -> Tensor:
+def _twos(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product,
+          even: Tensor, odd: Tensor) -> None:
     """F(2, 3)."""
     past, now, future = taps
     first, second, third, fourth = (_every(x, k, 2, x.shape[axis] - 2, axis) for k in range(4))
     outer = past + future
     both = product(second + third, (outer + now) / 2, bias)
     difference = product(third - second, (outer - now) / 2, None)
-    out, (even, odd) = _interleaved(both, 2, axis)
     torch.add(product(first - third, past, None).add_(both), difference, out=even)
     torch.sub(both.sub_(difference), product(second - fourth, future, None), out=odd)
-    return out
 
 
-def _ones(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product) -> Tensor:
+def _ones(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product, out: Tensor) -> None:
     """The plain filter, for one output."""
     before, at, after = x.split(1, axis)
-    return product(before, taps[0], bias).add_(product(at, taps[1], None)).add_(product(after, taps[2], None))
+    torch.add(product(before, taps[0], bias).add_(product(at, taps[1], None)), product(after, taps[2], None), out=out)
 
 
 def doubled(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, product: Product) -> Tensor:
@@ -125,6 +127,10 @@ def _interleaved(like: Tensor, count: int, axis: int) -> tuple[Tensor, list[Tens
     """Room for ``count`` outputs by turns along ``axis``, each of the shape of ``like``; and each one's share of it."""
     shape = list(like.shape)
     shape[axis] *= count
+    out = _room(like, shape)
+    return out, [_every(out, k, count, shape[axis], axis) for k in range(count)]
+
+
+def _room(like: Tensor, shape: Sequence[int]) -> Tensor:
     layout = torch.channels_last if like.stride(1) == 1 else torch.contiguous_format
-    out = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-    return out, [_every(out, k, count, out.shape[axis], axis) for k in range(count)]
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
