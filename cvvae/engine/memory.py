@@ -33,11 +33,12 @@ SHALLOW = 12  # strips, with their borders, that are in flight while everything 
 # most so many bytes, because strips are no larger.
 IN_FLIGHT_CPU = {(True, True): (3.0, 92 * 10 ** 6, 0.0, 92 * 10 ** 6),
                  (False, True): (4.5, 92 * 10 ** 6, 0.0, 92 * 10 ** 6),
-                 (True, False): (5.0, 160 * 10 ** 6, 0.15, 240 * 10 ** 6),
+                 (True, False): (4.5, 97 * 10 ** 6, 0.2, 240 * 10 ** 6),
                  (False, False): (6.0, 85 * 10 ** 6, 1.75, 240 * 10 ** 6)}
+IN_FLIGHT_CPU_NARROW = (6.0, 95 * 10 ** 6, 0.0, 95 * 10 ** 6)  # decoding clips, up to NARROW channels at the widest
 DEEP = 13  # layers at full resolution that are in flight where it is not, each with some rows of several strips
 HOLES = 1 / 8  # of a budget, which the CPU's heap keeps between tensors it gave back
-HALF_ENCODER, HALF_DECODER = 1.2, 2.4  # times that in half precision, which a CPU's libraries convert from and to
+HALF_ENCODER, HALF_DECODER = 1.55, 2.2  # times that in half precision, which a CPU's libraries convert from and to
 SCRATCH = 160 * 10 ** 6  # kernels being folded, and what the libraries set aside
 KERNELS_ENCODER, KERNELS_DECODER = 3, 6  # copies of the largest kernel that this amounts to on the CPU
 FREE_SHARE = 0.8  # of what is free on a GPU; other programs draw there too
@@ -72,7 +73,8 @@ class Footprint:
         """Bytes taken when there is no limit."""
         if self.device == "cpu":
             layer = self.height * self.frames * self.width * self.channels * torch.float32.itemsize
-            layers, least, share, most = IN_FLIGHT_CPU[self.encodes, self.frames == 1]
+            narrow = not self.encodes and self.frames > 1 and self.widest <= NARROW
+            layers, least, share, most = IN_FLIGHT_CPU_NARROW if narrow else IN_FLIGHT_CPU[self.encodes, self.frames == 1]
             in_flight = min(layers * layer, least + share * layer, most)
             if self.itemsize < torch.float32.itemsize:
                 in_flight *= HALF_ENCODER if self.encodes else HALF_DECODER
