@@ -82,10 +82,10 @@ def reconstruct(vae: VideoVAE, source: str | Path, target: str | Path, step: Ste
                 continue  # encode padded it
             original = pending.popleft()
             height, width, _ = shape = original.pixels.shape
-            decoded = to_frames(picture[..., :height, :width])
+            (decoded,) = to_frames(picture[..., :height, :width])
             del picture  # a view of its clip
-            writer.write(decoded[0], original.time)
-            error, likeness = _compared(decoded, [original.pixels])
+            writer.write(decoded, original.time)
+            error, likeness = _compared(decoded, original.pixels)
             squared_error += error
             similarity += likeness
             written += 1
@@ -102,9 +102,9 @@ def _pictures(clips: Iterator[Tensor]) -> Iterator[Tensor]:
         del clip
 
 
-def _compared(decoded: np.ndarray, originals: list[np.ndarray]) -> tuple[float, float]:
-    """Mean squared error and SSIM of frames; SSIM NaN for those too small for its window."""
-    a, b = to_clip(decoded), to_clip(originals)
+def _compared(decoded: np.ndarray, original: np.ndarray) -> tuple[float, float]:
+    """Mean squared error and SSIM of a frame; SSIM NaN if it is too small for its window."""
+    a, b = to_clip([decoded]), to_clip([original])
     return metrics.mse(a, b), metrics.ssim(a, b) if min(a.shape[-2:]) >= metrics.SSIM_WINDOW else math.nan
 
 

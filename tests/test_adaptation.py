@@ -115,10 +115,8 @@ class TestAdapter:
         assert adapter.fingerprint() == before
 
 
-
-
 def oracle(state, x, frames):
-    """The same in float64, one position of one clip after the other, one head after the other."""
+    """What a motion module makes of ``x``, in float64: position by position of clip by clip, one head after the other."""
     w = {name.removeprefix(f"{PLACE}.temporal_transformer."): tensor.double() for name, tensor in state.items()}
 
     def linear(x, layer):

@@ -53,10 +53,10 @@ class LatentClips:
             else:
                 self.shapes.setdefault(shape, []).append(i)
         self.held_out = held_out
-        self.longest = max([shape[0] for shape in self.shapes] + [self._shape(i)[0] for i in held_out], default=0)
         if not self.shapes:
             raise ConfigError(f"There is no clip to train on in {config.latents}: of {len(data)} clips {short} are shorter "
                               f"than data.frames = {config.frames} latents and {len(held_out)} are held out.")
+        self.longest = max(shape[0] for shape in (*self.shapes, *map(self._shape, held_out)))
 
     def batch(self, step: int, part: int) -> Batch:
         """The ``part``-th of a step; all parts have clips of one shape."""

@@ -16,6 +16,7 @@ from ..keys import State
 from ..training.config import ConfigError
 
 HEADS, GROUPS = 8, 32
+USUAL = 16  # latents of a clip in training
 NAME = re.compile(r"(?:module\.)?((?:(?:down|up)_blocks\.\d+|mid_block)\.motion_modules\.\d+)\.temporal_transformer\.(.+)")
 MIDDLE = "mid_block.motion_modules.0"
 # Betas of the noise that the modules were trained with are linear between these; SD 1.5's are squares of what is linear.

@@ -19,10 +19,9 @@ from .comfyui import Sampler
 from .conditions import Conditions
 from .config import AdaptConfig
 from .data import Batch, LatentClips
-from .motion import MotionModules
+from .motion import USUAL, MotionModules
 from .objective import Objective
 
-USUAL = 16  # latents of a clip that AnimateDiff was trained with
 LEVELS = 4  # noise levels at which each held-out clip is measured, spread over their distribution
 
 
@@ -128,6 +127,8 @@ class AdaptationTrainer(BaseTrainer):
 
 def recompute_activations(unet: nn.Module, motion: MotionModules | None = None) -> None:
     """Keep the inputs of residual blocks and transformers only, and compute what is inside again in the backward pass."""
-    blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
-    for layer in (*(layer for block in blocks for layer in block), *(motion.transformers if motion is not None else ())):
+    layers = [layer for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks) for layer in block]
+    if motion is not None:
+        layers += motion.transformers
+    for layer in layers:
         layer.forward = recomputed(layer.forward)

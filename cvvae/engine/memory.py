@@ -101,9 +101,9 @@ class Footprint:
         return lambda *_: rows, max(0, memory - self._deep(rows))
 
     def _rows(self, frames: int, width: int, channels: int) -> int:
-        rows = self._strip(frames, width, self._strip_bytes(), self._low())
+        rows = self._strip(frames, width, self.channels, self._strip_bytes(), self._low())
         if self.device == "cpu" and self.frames > 1 and channels <= NARROW:
-            rows = min(rows, self._strip(frames, width, STRIP_BYTES_CPU_NARROW, self._low(), channels))
+            rows = min(rows, self._strip(frames, width, channels, STRIP_BYTES_CPU_NARROW, self._low()))
         return rows
 
     def _deep(self, rows: int) -> int:
@@ -118,14 +118,11 @@ class Footprint:
         return LOW_STRIP_PICTURE if self.frames == 1 else LOW_STRIP
 
     def _rows_of(self, size: int, lowest: int) -> int:
-        return self._strip(self.frames, self.width, size, lowest)
+        return self._strip(self.frames, self.width, self.channels, size, lowest)
 
-    def _strip(self, frames: int, width: int, size: int, lowest: int, channels: int = 0) -> int:
-        """Rows of about ``size`` bytes, as many times ``lowest`` as that gives, at least once.
-
-        channels: as many as at full resolution where none are given.
-        """
-        row = frames * width * (channels or self.channels) * self.itemsize
+    def _strip(self, frames: int, width: int, channels: int, size: int, lowest: int) -> int:
+        """Rows of about ``size`` bytes, as many times ``lowest`` as that gives, at least once."""
+        row = frames * width * channels * self.itemsize
         return max(1, size // row // lowest) * lowest
 
 

@@ -29,7 +29,7 @@ def filtered(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, 
     for step, method in ((4, _fours), (2, _twos), (1, _ones)):
         many = (count - done) // step * step
         if many:
-            places = [_every(out.narrow(axis, done, many), k, step, many, axis) for k in range(step)]
+            places = _by_turns(out.narrow(axis, done, many), step, axis)
             method(x.narrow(axis, done, many + 2), taps, bias, axis, product, *places)
             done += many
     return out
@@ -128,7 +128,12 @@ def _interleaved(like: Tensor, count: int, axis: int) -> tuple[Tensor, list[Tens
     shape = list(like.shape)
     shape[axis] *= count
     out = _room(like, shape)
-    return out, [_every(out, k, count, shape[axis], axis) for k in range(count)]
+    return out, _by_turns(out, count, axis)
+
+
+def _by_turns(x: Tensor, count: int, axis: int) -> list[Tensor]:
+    """``x`` dealt out along ``axis`` to ``count`` outputs, as views."""
+    return [_every(x, k, count, x.shape[axis], axis) for k in range(count)]
 
 
 def _room(like: Tensor, shape: Sequence[int]) -> Tensor:

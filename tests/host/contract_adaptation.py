@@ -39,11 +39,11 @@ def unet_config(kind):
     config = dict(image_size=32, in_channels=4, out_channels=4, model_channels=64, num_res_blocks=[1], channel_mult=[1],
                   transformer_depth=[1], transformer_depth_output=[1, 1], transformer_depth_middle=1, context_dim=16,
                   use_spatial_transformer=True, legacy=False, dtype=host.torch.float32,
-                  use_linear_in_transformer=kind != "sd15", adm_in_channels=None, use_temporal_attention=False,
+                  use_linear_in_transformer=not kind.startswith("sd15"), adm_in_channels=None, use_temporal_attention=False,
                   use_temporal_resblock=False)
     if kind == "sd15 in full":
-        config |= dict(model_channels=32, num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], use_linear_in_transformer=False,
-                       transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1] * 9 + [0] * 3, num_heads=8)
+        config |= dict(model_channels=32, num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], num_heads=8,
+                       transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1] * 9 + [0] * 3)
     if kind == "svd":
         config |= dict(in_channels=8, num_classes="sequential", adm_in_channels=768, use_temporal_attention=True,
                        use_temporal_resblock=True, extra_ff_mix_layer=True, use_spatial_context=True, merge_factor=0.0,
