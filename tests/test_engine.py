@@ -181,7 +181,8 @@ class TestStrips:
 class TestKernels:
     @pytest.mark.parametrize("axis", [winograd.TIME, winograd.ROWS, winograd.COLUMNS])
     @pytest.mark.parametrize("count", [3, 4, 5, 6, 7, 19])
-    def test_winograd_is_the_filter(self, axis, count):
+    @pytest.mark.parametrize("fours", [True, False])
+    def test_winograd_is_the_filter(self, axis, count, fours):
         shape = [4, 3, 4, 4]
         shape[axis] = count
         x, taps, bias = noise(*shape), noise(3, 5, 3, 1, 1).unbind(0), noise(5)
@@ -190,7 +191,7 @@ class TestKernels:
             return nn.functional.conv2d(x, tap, bias)
 
         expected = sum(product(x.double().narrow(axis, k, count - 2), tap.double(), None) for k, tap in enumerate(taps))
-        found = winograd.filtered(x, taps, bias, axis, product)
+        found = winograd.filtered(x, taps, bias, axis, product, fours)
         assert distance(found, expected + bias[:, None, None]) < 2e-6
 
     @pytest.mark.parametrize("frames", [1, 7])

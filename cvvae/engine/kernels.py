@@ -12,6 +12,9 @@ from .winograd import COLUMNS, ROWS, TIME, Product, doubled, filtered, halved
 
 SCORES = 2 ** 21  # values that queries make with keys at a time
 WIDE = 32  # channels from which on the CPU gains by convolving in two dimensions, frame by frame
+# Channels from which on four outputs in time are made at once.  With fewer, that saves little time over two, and in
+# tiles encoded and decoded again it cost a sixth to a half more rounding error.
+FOURS_FROM = 128
 # Channels from which on Winograd's method pays along rows and along columns too: with fewer, sums of rows cost as much
 # as the products saved.  Rounding errors grow with each axis, so along one only from a width on, and along two of the
 # three from twice that; small pictures take little time.
@@ -58,7 +61,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, 
         return F.conv3d(x.transpose(0, 1)[None], weight, bias, (time, space, space))[0].transpose(0, 1)
     taps = weight.unbind(2)
     if space == 1 and len(taps) == 3:
-        return filtered(x, taps, bias, TIME, _convolve_behind_time)
+        return filtered(x, taps, bias, TIME, _convolve_behind_time, fours=weight.shape[1] >= FOURS_FROM)
     if space == 1:
         return _convolve_frames(x, taps[0], bias)
     count = (x.shape[0] - len(taps)) // time + 1

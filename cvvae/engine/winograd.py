@@ -21,12 +21,13 @@ TIME, ROWS, COLUMNS = 0, 2, 3  # axes of [T, C, H, W]
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, tap, bias) -> one tap's convolution
 
 
-def filtered(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product) -> Tensor:
-    """A 3-tap filter along ``axis``: by fours, what is left by twos, what is left by one."""
+def filtered(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product,
+             fours: bool = True) -> Tensor:
+    """A 3-tap filter along ``axis``: by fours unless told not to, what is left by twos, what is left by one."""
     shape = [x.shape[0], taps[0].shape[0], *(x.shape[side] - taps[0].shape[side] + 1 for side in (ROWS, COLUMNS))]
     shape[axis] = count = x.shape[axis] - 2
     out, done = _room(x, shape), 0
-    for step, method in ((4, _fours), (2, _twos), (1, _ones)):
+    for step, method in ((4, _fours), (2, _twos), (1, _ones))[0 if fours else 1:]:
         many = (count - done) // step * step
         if many:
             places = _by_turns(out.narrow(axis, done, many), step, axis)
