@@ -13,6 +13,7 @@ from ..frames import frames_of
 from ..model import Decoder, Downsample, Encoder, ResnetBlock, SpatialAttention, TemporalAttention, Upsample
 from . import passes
 from .activation import Statistics
+from .arena import scratch
 from .executor import Executor, Weights, own_weights
 from .memory import Footprint, budget, fitting, footprint, working_memory
 
@@ -56,4 +57,5 @@ def run(network: Encoder | Decoder, x: Tensor, stills: bool, memory: int | None,
                      x.element_size(), x.device.type)
     executor = Executor(*tile.plan(memory), stills, check, weights, statistics,
                         passes.compiled() if compiled else passes.EAGER)
-    return executor.encode(network, x) if encodes else executor.decode(network, x)
+    with scratch():
+        return executor.encode(network, x) if encodes else executor.decode(network, x)

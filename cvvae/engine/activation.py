@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .arena import empty_like
 from .passes import EAGER
 from .store import Store
 
@@ -121,7 +122,10 @@ class Activation:
     def rows(self, start: int, stop: int) -> Tensor:
         """The same in one tensor."""
         pieces = [piece for _, piece in self.pieces(start, stop)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        if len(pieces) == 1:
+            return pieces[0]
+        frames, channels, _, width = self.shape
+        return torch.cat(pieces, dim=2, out=empty_like(pieces[0], (frames, channels, stop - start, width)))
 
     def _forget(self, stop: int) -> None:
         """Let go of recent pieces that end too far above row ``stop``, or lie below it: those are of the last walk."""

@@ -3,13 +3,16 @@
 Activations are [T, C, H, W], kernels [K, C, kt, kh, kw]; padding is in the input already.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import products
+from . import arena, products
 from .winograd import COLUMNS, ROWS, TIME, Product, doubled, filtered, halved
 
+FEW = 4  # frames that the libraries convolve at a time: what they give stays in the caches, and little of it in the heap
 SCORES = 2 ** 21  # values that queries make with keys at a time
 WIDE = 32  # channels from which on the CPU gains by convolving in two dimensions, frame by frame
 # Channels from which on four outputs in time are made at once.  With fewer, that saves little time over two, and in
@@ -33,7 +36,7 @@ def empty(like: Tensor, frames: int, channels: int, height: int, width: int) -> 
     """
     channels_first = like.device.type == "cpu" and not BY_PRODUCTS
     layout = torch.contiguous_format if channels_first else torch.channels_last
-    return torch.empty(frames, channels, height, width, dtype=like.dtype, device=like.device, memory_format=layout)
+    return arena.empty(like, (frames, channels, height, width), layout)
 
 
 def for_stills(weight: Tensor, time_mode: str, front: int) -> Tensor:
@@ -58,6 +61,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, 
     if not _by_tap(weight):
         if weight.shape[2] == 1:
             return F.conv2d(x, weight[:, :, 0], bias, space)
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and stride == (1, 1):
+            return _convolve_stacked(x, weight, bias)
         return F.conv3d(x.transpose(0, 1)[None], weight, bias, (time, space, space))[0].transpose(0, 1)
     taps = weight.unbind(2)
     if space == 1 and len(taps) == 3:
@@ -141,9 +146,34 @@ def _convolve_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return filtered(x, weight.split(1, dim=COLUMNS), bias, COLUMNS, _direct)
 
 
+def _convolve_stacked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A kernel in time over few channels: what its taps see are channels of one convolution in two dimensions."""
+    taps = weight.shape[2]
+    flat = weight.transpose(1, 2).flatten(1, 2)
+
+    def compute(start: int, stop: int) -> Tensor:
+        return F.conv2d(torch.cat([x[start + k:stop + k] for k in range(taps)], dim=1), flat, bias)
+
+    return _few_at_a_time(x.shape[0] - taps + 1, compute)
+
+
 def _direct(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
-    by_products = BY_PRODUCTS and weight.shape[0] >= WIDE
-    return (products.convolve if by_products else F.conv2d)(x, weight, bias, stride)
+    if BY_PRODUCTS and weight.shape[0] >= WIDE:
+        return products.convolve(x, weight, bias, stride)
+    return _few_at_a_time(x.shape[0], lambda start, stop: F.conv2d(x[start:stop], weight, bias, stride))
+
+
+def _few_at_a_time(frames: int, compute: Callable[[int, int], Tensor]) -> Tensor:
+    """``compute`` of (first frame, frame behind the last), which lies in the C heap, for all ``frames``."""
+    if frames <= FEW:
+        return compute(0, frames)
+    out = None
+    for start in range(0, frames, FEW):
+        made = compute(start, min(start + FEW, frames))
+        if out is None:
+            out = arena.empty_like(made, (frames, *made.shape[1:]))
+        out[start:start + FEW] = made
+    return out
 
 
 def _has(weight: Tensor, channels: int) -> bool:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arena import empty, layout_of
+
 
 class Passes(NamedTuple):
     """activate: (x, scale, shift, out) writes SiLU(x * scale + shift).
@@ -33,9 +35,14 @@ def _activate_at_once(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> N
 
 
 def _sums(x: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.float() - pilot
+    x = torch.sub(x, pilot, out=empty(pilot, x.shape, layout_of(x)))
     first = x.sum(3, keepdim=True)
     return first, x.square_().sum(3, keepdim=True)
+
+
+def _sums_at_once(x: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.float() - pilot
+    return x.sum(3, keepdim=True), x.square().sum(3, keepdim=True)
 
 
 EAGER = Passes(_activate, _sums)
@@ -43,4 +50,4 @@ EAGER = Passes(_activate, _sums)
 
 @cache
 def compiled() -> Passes:
-    return Passes(torch.compile(_activate_at_once, dynamic=True), torch.compile(_sums, dynamic=True))
+    return Passes(torch.compile(_activate_at_once, dynamic=True), torch.compile(_sums_at_once, dynamic=True))

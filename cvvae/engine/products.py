@@ -12,6 +12,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from .arena import empty
+
 
 def packed(weight: Tensor) -> Tensor:
     """The same kernel [K, C, kt, kh, kw], each tap a matrix that lies together in memory."""
@@ -31,7 +33,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) ->
         pixels = pixels.flatten(1, 2)
     else:
         made_columns, count = columns, rows * columns
-    out = x.new_empty(frames, rows * made_columns, weight.shape[0])
+    out = empty(x, (frames, rows * made_columns, weight.shape[0]), torch.contiguous_format)
     for frame, i, j in product(*map(range, (frames, *weight.shape[2:]))):
         if stride == 1:
             seen = pixels[frame, i * width + j:][:count]

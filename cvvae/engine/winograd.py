@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .arena import empty_like
+
 TIME, ROWS, COLUMNS = 0, 2, 3  # axes of [T, C, H, W]
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, tap, bias) -> one tap's convolution
@@ -26,7 +28,7 @@ def filtered(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, 
     """A 3-tap filter along ``axis``: by fours unless told not to, what is left by twos, what is left by one."""
     shape = [x.shape[0], taps[0].shape[0], *(x.shape[side] - taps[0].shape[side] + 1 for side in (ROWS, COLUMNS))]
     shape[axis] = count = x.shape[axis] - 2
-    out, done = _room(x, shape), 0
+    out, done = empty_like(x, shape), 0
     for step, method in ((4, _fours), (2, _twos), (1, _ones))[0 if fours else 1:]:
         many = (count - done) // step * step
         if many:
@@ -48,17 +50,17 @@ def _fours(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, pr
 
     def pair(point: float, square: float, other: float) -> tuple[Tensor, Tensor]:
         """Sum and difference of the products at ``point`` and minus it."""
-        even, odd = torch.sub(at(4), at(2), alpha=other), torch.sub(at(3), at(1), alpha=other)
+        even, odd = _difference(at(4), at(2), other), _difference(at(3), at(1), other)
         outer, inner = (past + future * square) / (2 * (square - other)), now * (point / (2 * (square - other)))
         # The bias goes where it comes out in all four outputs: through p, corrected at zero and infinity.
         shares = (None, None) if bias is None or point == q else (bias * ((1 + p) / 2), bias * ((1 - p) / 2))
-        plus = product(torch.add(even, odd, alpha=point), outer + inner, shares[0])
+        plus = product(_sum(even, odd, point), outer + inner, shares[0])
         minus = product(even.sub_(odd, alpha=point), outer - inner, shares[1])
-        return plus + minus, plus.sub_(minus)
+        return _sum(plus, minus), _difference(plus, minus)
 
     def end(k: int, tap: Tensor, share: float) -> Tensor:
         """The product at zero or at infinity."""
-        seen = torch.sub(at(k + 4), at(k + 2), alpha=pp + qq).add_(at(k), alpha=pp * qq)
+        seen = _difference(at(k + 4), at(k + 2), pp + qq).add_(at(k), alpha=pp * qq)
         return product(seen, tap, None if bias is None else bias * share)
 
     (p_sum, p_difference), (q_sum, q_difference) = pair(p, pp, qq), pair(q, qq, pp)
@@ -75,10 +77,10 @@ def _twos(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, pro
     past, now, future = taps
     first, second, third, fourth = (_every(x, k, 2, x.shape[axis] - 2, axis) for k in range(4))
     outer = past + future
-    both = product(second + third, (outer + now) / 2, bias)
-    difference = product(third - second, (outer - now) / 2, None)
-    torch.add(product(first - third, past, None).add_(both), difference, out=even)
-    torch.sub(both.sub_(difference), product(second - fourth, future, None), out=odd)
+    both = product(_sum(second, third), (outer + now) / 2, bias)
+    difference = product(_difference(third, second), (outer - now) / 2, None)
+    torch.add(product(_difference(first, third), past, None).add_(both), difference, out=even)
+    torch.sub(both.sub_(difference), product(_difference(second, fourth), future, None), out=odd)
 
 
 def _ones(x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, axis: int, product: Product, out: Tensor) -> None:
@@ -98,7 +100,7 @@ def doubled(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, product: 
     first, middle, last = weight.split(1, dim=axis + 1)
     count = x.shape[axis] - 2
     common = product(x.narrow(axis, 1, count), first + middle + last, bias)
-    steps = x.narrow(axis, 1, count + 1) - x.narrow(axis, 0, count + 1)
+    steps = _difference(x.narrow(axis, 1, count + 1), x.narrow(axis, 0, count + 1))
     out, (even, odd) = _interleaved(common, 2, axis)
     torch.sub(common, product(steps.narrow(axis, 0, count), first, None), out=even)
     torch.add(common, product(steps.narrow(axis, 1, count), last, None), out=odd)
@@ -117,6 +119,16 @@ def halved(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, product: P
     return out
 
 
+def _sum(a: Tensor, b: Tensor, factor: float = 1) -> Tensor:
+    """a + factor * b."""
+    return torch.add(a, b, alpha=factor, out=empty_like(a))
+
+
+def _difference(a: Tensor, b: Tensor, factor: float = 1) -> Tensor:
+    """a - factor * b."""
+    return torch.sub(a, b, alpha=factor, out=empty_like(a))
+
+
 def _every(x: Tensor, start: int, step: int, count: int, axis: int) -> Tensor:
     """Frames or rows ``start``, ``start + step``, ... that the ``count`` outputs need."""
     picked = [slice(None)] * x.ndim
@@ -128,15 +140,10 @@ def _interleaved(like: Tensor, count: int, axis: int) -> tuple[Tensor, list[Tens
     """Room for ``count`` outputs by turns along ``axis``, each of the shape of ``like``; and each one's share of it."""
     shape = list(like.shape)
     shape[axis] *= count
-    out = _room(like, shape)
+    out = empty_like(like, shape)
     return out, _by_turns(out, count, axis)
 
 
 def _by_turns(x: Tensor, count: int, axis: int) -> list[Tensor]:
     """``x`` dealt out along ``axis`` to ``count`` outputs, as views."""
     return [_every(x, k, count, x.shape[axis], axis) for k in range(count)]
-
-
-def _room(like: Tensor, shape: Sequence[int]) -> Tensor:
-    layout = torch.channels_last if like.stride(1) == 1 else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)

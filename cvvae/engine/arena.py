@@ -1,0 +1,88 @@
+"""Memory on the CPU that is used again and again, for what the engine keeps and for what lives a moment.
+
+The C heap keeps what was given back, in holes that other sizes do not fit and that differ from window to window: of
+a few, and at times of a hundred, that is more than the tensors.  And memory that comes fresh from the system for
+each tensor costs more time than to fill it.  A GPU's caching allocator needs no such help.
+"""
+
+from bisect import insort
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from math import prod
+from weakref import finalize
+
+import torch
+from torch import Tensor
+
+
+class Arena:
+    """First fit in large chunks; pages that were never written take no memory.
+
+    A place is free again when its tensor, and every view of it, is gone.
+    """
+
+    CHUNK = 256 * 2 ** 20
+    ALIGNMENT = 64
+
+    def __init__(self):
+        self.chunks: list[Tensor] = []
+        self.gaps: list[tuple[int, int, int]] = []  # (chunk, first byte, byte behind the last), sorted
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+        """Dense and not initialised; channels last for [T, C, H, W]."""
+        size = prod(shape) * dtype.itemsize
+        taken = -(-size // self.ALIGNMENT) * self.ALIGNMENT
+        for i, (chunk, start, stop) in enumerate(self.gaps):
+            if stop - start >= taken:
+                self.gaps[i:i + 1] = [(chunk, start + taken, stop)] if stop - start > taken else []
+                break
+        else:
+            chunk, start = len(self.chunks), 0
+            self.chunks.append(torch.empty(max(self.CHUNK, taken), dtype=torch.uint8))
+            if taken < self.CHUNK:
+                insort(self.gaps, (chunk, taken, self.CHUNK))
+        # A tensor made from an array holds it until its memory is needed no more.
+        place = self.chunks[chunk].numpy()[start:start + size]
+        finalize(place, self._give, chunk, start, start + taken).atexit = False
+        tensor = torch.from_numpy(place).view(dtype)
+        if layout == torch.contiguous_format:
+            return tensor.view(*shape)
+        frames, channels, height, width = shape
+        return tensor.view(frames, height, width, channels).permute(0, 3, 1, 2)
+
+    def _give(self, chunk: int, start: int, stop: int) -> None:
+        for gap in [gap for gap in self.gaps if gap[0] == chunk and (gap[1] == stop or gap[2] == start)]:
+            self.gaps.remove(gap)
+            start, stop = min(start, gap[1]), max(stop, gap[2])
+        insort(self.gaps, (chunk, start, stop))
+
+
+_scratch: ContextVar[Arena | None] = ContextVar("scratch", default=None)
+
+
+@contextmanager
+def scratch() -> Iterator[None]:
+    """An arena for what :func:`empty` and :func:`empty_like` give on the CPU meanwhile."""
+    token = _scratch.set(Arena())
+    try:
+        yield
+    finally:
+        _scratch.reset(token)
+
+
+def empty(like: Tensor, shape: Sequence[int], layout: torch.memory_format) -> Tensor:
+    """Room of ``like``'s dtype and device for something short-lived."""
+    arena = _scratch.get()
+    if arena is not None and like.device.type == "cpu":
+        return arena.empty(shape, like.dtype, layout)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def empty_like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """The same in the layout of ``x``, by default of its shape."""
+    return empty(x, x.shape if shape is None else shape, layout_of(x))
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
