@@ -12,8 +12,11 @@ from contextvars import ContextVar
 from math import prod
 from weakref import finalize
 
+import numpy as np
 import torch
 from torch import Tensor
+
+SMALL = 2 ** 20  # bytes; less than this finds room in the heap, often what has just been given back and is still in the caches
 
 
 class Arena:
@@ -26,7 +29,7 @@ class Arena:
     ALIGNMENT = 64
 
     def __init__(self):
-        self.chunks: list[Tensor] = []
+        self.chunks: list[np.ndarray] = []
         self.gaps: list[tuple[int, int, int]] = []  # (chunk, first byte, byte behind the last), sorted
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
@@ -39,11 +42,11 @@ class Arena:
                 break
         else:
             chunk, start = len(self.chunks), 0
-            self.chunks.append(torch.empty(max(self.CHUNK, taken), dtype=torch.uint8))
+            self.chunks.append(torch.empty(max(self.CHUNK, taken), dtype=torch.uint8).numpy())
             if taken < self.CHUNK:
                 insort(self.gaps, (chunk, taken, self.CHUNK))
         # A tensor made from an array holds it until its memory is needed no more.
-        place = self.chunks[chunk].numpy()[start:start + size]
+        place = self.chunks[chunk][start:start + size]
         finalize(place, self._give, chunk, start, start + taken).atexit = False
         tensor = torch.from_numpy(place).view(dtype)
         if layout == torch.contiguous_format:
@@ -74,7 +77,7 @@ def scratch() -> Iterator[None]:
 def empty(like: Tensor, shape: Sequence[int], layout: torch.memory_format) -> Tensor:
     """Room of ``like``'s dtype and device for something short-lived."""
     arena = _scratch.get()
-    if arena is not None and like.device.type == "cpu":
+    if arena is not None and like.device.type == "cpu" and prod(shape) * like.dtype.itemsize >= SMALL:
         return arena.empty(shape, like.dtype, layout)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
