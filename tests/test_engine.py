@@ -9,8 +9,9 @@ from torch import nn
 import cvvae
 from cvvae import engine
 from cvvae.engine import kernels, winograd
+from cvvae.engine.arena import Arena, empty, scratch
 from cvvae.engine.executor import Executor
-from cvvae.engine.store import Arena, Store
+from cvvae.engine.store import Store
 
 WHOLE = cvvae.Tiling(None, None)
 
@@ -157,18 +158,6 @@ class TestStrips:
             vae.decode(latents_for(vae, 2, 6, 6), check=check)
         assert len(calls) == 20
 
-    def test_arena_gives_out_each_place_once_and_joins_gaps(self):
-        arena = Arena()
-        tensors = [torch.full((1, n, 1, 1), float(n)) for n in (1000, 5, 7000, 64)]
-        places = [arena.take(tensor) for tensor in tensors]
-        assert all(torch.equal(place, tensor) for place, tensor in zip(places, tensors, strict=True))
-        for place in (places[1], places[0], places[3], places[2]):
-            arena.give(place)
-        assert arena.gaps == [(0, 0, arena.CHUNK)] and not arena.places
-        large = arena.take(torch.zeros(1, arena.CHUNK // 4 + 16, 1, 1))
-        assert len(arena.chunks) == 2
-        arena.give(large)
-
     def test_store_counts_what_it_holds(self):
         store = Store(100)
         assert store.has_room(100) and not store.has_room(101)
@@ -176,6 +165,50 @@ class TestStrips:
         assert store.held == 40 and not store.has_room(61)
         store.release(kept)
         assert store.held == 0
+
+
+class TestArena:
+    def test_gives_out_each_place_once_and_joins_gaps(self):
+        arena = Arena()
+        sizes = 1000, 5, 7000, 64
+        places = [arena.empty((1, n, 1, 1), torch.float32, torch.contiguous_format).fill_(n) for n in sizes]
+        assert all((place == n).all() for place, n in zip(places, sizes, strict=True))
+        for k in (1, 0, 3, 2):
+            places[k] = None
+        assert arena.gaps == [(0, 0, arena.CHUNK)]
+
+    def test_what_no_chunk_holds_gets_its_own(self):
+        arena = Arena()
+        small = arena.empty((16,), torch.uint8, torch.contiguous_format)
+        large = arena.empty((arena.CHUNK + 16,), torch.uint8, torch.contiguous_format)
+        assert len(arena.chunks) == 2 and large.nbytes == arena.CHUNK + 16
+        del small, large
+        assert arena.gaps == [(0, 0, arena.CHUNK), (1, 0, arena.CHUNK + 64)]
+
+    def test_a_view_holds_its_place(self):
+        arena = Arena()
+        view = arena.empty((2, 3, 4, 5), torch.float32, torch.channels_last)[1:, 0].transpose(1, 2)
+        held = arena.gaps[:]
+        assert held != [(0, 0, arena.CHUNK)]
+        view = view.clone()
+        assert arena.gaps == [(0, 0, arena.CHUNK)]
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_layout_and_dtype(self, layout, dtype):
+        place = Arena().empty((2, 3, 4, 5), dtype, layout)
+        expected = torch.empty(2, 3, 4, 5, dtype=dtype, memory_format=layout)
+        assert (place.shape, place.dtype, place.stride()) == (expected.shape, dtype, expected.stride())
+
+    def test_only_what_is_large_and_made_within_scratch_lies_there(self):
+        like, shape, layout = torch.zeros(1), (1, 1, 512, 512), torch.contiguous_format
+        before = empty(like, shape, layout)
+        with scratch() as arena:
+            small, large = empty(like, (1, 1, 8, 8), layout), empty(like, shape, layout)
+            assert len(arena.chunks) == 1 and arena.gaps == [(0, large.nbytes, arena.CHUNK)]
+        behind = empty(like, shape, layout)
+        assert arena.gaps == [(0, large.nbytes, arena.CHUNK)]
+        assert all(tensor.is_contiguous() for tensor in (before, small, large, behind))
 
 
 class TestKernels:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALL = 2 ** 20  # bytes; less than this finds room in the heap, often what has just been given back and is still in the caches
+SMALL = 2 ** 20  # bytes; less finds room in the heap, often what was just given back and is still in the caches
 
 
 class Arena:
@@ -65,11 +65,12 @@ _scratch: ContextVar[Arena | None] = ContextVar("scratch", default=None)
 
 
 @contextmanager
-def scratch() -> Iterator[None]:
-    """An arena for what :func:`empty` and :func:`empty_like` give on the CPU meanwhile."""
-    token = _scratch.set(Arena())
+def scratch() -> Iterator[Arena]:
+    """An arena for what is large of what :func:`empty` and :func:`empty_like` give on the CPU meanwhile."""
+    arena = Arena()
+    token = _scratch.set(arena)
     try:
-        yield
+        yield arena
     finally:
         _scratch.reset(token)
 
