@@ -2,7 +2,7 @@
 
 Read :mod:`.executor` first: the walk through the layers; :mod:`.activation` and :mod:`.store`: how their
 outputs are kept; :mod:`.kernels`, :mod:`.products` and :mod:`.winograd`: convolutions; :mod:`.passes`: the rest;
-:mod:`.memory`: sizes.
+:mod:`.arena`: where the CPU's tensors lie; :mod:`.memory`: sizes.
 """
 
 from collections.abc import Callable
