@@ -1,5 +1,7 @@
 """The fast executor gives the definition's numbers, however little memory it has and however it is cut."""
 
+import sys
+
 import pytest
 import torch
 from compare import distance
@@ -192,6 +194,35 @@ class TestArena:
         assert held != [(0, 0, arena.CHUNK)]
         view = view.clone()
         assert arena.gaps == [(0, 0, arena.CHUNK)]
+
+    @pytest.mark.parametrize("line", range(10))
+    def test_what_goes_while_a_place_is_sought_is_not_given_out_twice(self, line):
+        def lies(place):
+            start = place.data_ptr() - arena.chunks[0].ctypes.data
+            return 0, start, start + place.nbytes
+
+        def drop(frame, event, _):
+            # As the garbage collector would, between any two lines.
+            if event == "call":
+                return drop if frame.f_code is Arena.empty.__code__ else None
+            lines.append(frame.f_lineno)
+            if len(lines) == line + 1:
+                places[0] = None
+            return drop
+
+        arena, lines, layout = Arena(), [], torch.contiguous_format
+        places = [arena.empty((64 * n,), torch.uint8, layout) for n in (4, 1, 2, 1)]
+        places[2] = None  # the gap that is wanted, behind the one that will appear
+        tracing = sys.gettrace()
+        sys.settrace(drop)
+        try:
+            places.append(arena.empty((64 * 2,), torch.uint8, layout))
+        finally:
+            sys.settrace(tracing)
+        assert places[0] is None
+        pieces = sorted([lies(place) for place in places if place is not None] + arena.gaps)
+        assert [piece[1] for piece in pieces] == [0, *(piece[2] for piece in pieces[:-1])]
+        assert pieces[-1][2] == arena.CHUNK
 
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,6 +6,7 @@ each tensor costs more time than to fill it.  A GPU's caching allocator needs no
 """
 
 from bisect import insort
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,8 @@ SMALL = 2 ** 20  # bytes; less finds room in the heap, often what was just given
 class Arena:
     """First fit in large chunks; pages that were never written take no memory.
 
-    A place is free again when its tensor, and every view of it, is gone.
+    A place is free again when its tensor, and every view of it, is gone.  That may be at any moment and in any thread,
+    where the garbage collector finds it, so places only queue up and are free from the next call on.
     """
 
     CHUNK = 256 * 2 ** 20
@@ -30,35 +32,43 @@ class Arena:
 
     def __init__(self):
         self.chunks: list[np.ndarray] = []
-        self.gaps: list[tuple[int, int, int]] = []  # (chunk, first byte, byte behind the last), sorted
+        self._gaps: list[tuple[int, int, int]] = []  # (chunk, first byte, byte behind the last), sorted
+        self._returned: deque[tuple[int, int, int]] = deque()  # the same, to be joined with them
+
+    @property
+    def gaps(self) -> list[tuple[int, int, int]]:
+        while self._returned:
+            self._join(*self._returned.popleft())
+        return self._gaps
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
         """Dense and not initialised; channels last for [T, C, H, W]."""
         size = prod(shape) * dtype.itemsize
         taken = -(-size // self.ALIGNMENT) * self.ALIGNMENT
-        for i, (chunk, start, stop) in enumerate(self.gaps):
+        gaps = self.gaps
+        for i, (chunk, start, stop) in enumerate(gaps):
             if stop - start >= taken:
-                self.gaps[i:i + 1] = [(chunk, start + taken, stop)] if stop - start > taken else []
+                gaps[i:i + 1] = [(chunk, start + taken, stop)] if stop - start > taken else []
                 break
         else:
             chunk, start = len(self.chunks), 0
             self.chunks.append(torch.empty(max(self.CHUNK, taken), dtype=torch.uint8).numpy())
             if taken < self.CHUNK:
-                insort(self.gaps, (chunk, taken, self.CHUNK))
+                insort(gaps, (chunk, taken, self.CHUNK))
         # A tensor made from an array holds it until its memory is needed no more.
         place = self.chunks[chunk][start:start + size]
-        finalize(place, self._give, chunk, start, start + taken).atexit = False
+        finalize(place, self._returned.append, (chunk, start, start + taken)).atexit = False
         tensor = torch.from_numpy(place).view(dtype)
         if layout == torch.contiguous_format:
             return tensor.view(*shape)
         frames, channels, height, width = shape
         return tensor.view(frames, height, width, channels).permute(0, 3, 1, 2)
 
-    def _give(self, chunk: int, start: int, stop: int) -> None:
-        for gap in [gap for gap in self.gaps if gap[0] == chunk and (gap[1] == stop or gap[2] == start)]:
-            self.gaps.remove(gap)
+    def _join(self, chunk: int, start: int, stop: int) -> None:
+        for gap in [gap for gap in self._gaps if gap[0] == chunk and (gap[1] == stop or gap[2] == start)]:
+            self._gaps.remove(gap)
             start, stop = min(start, gap[1]), max(stop, gap[2])
-        insort(self.gaps, (chunk, start, stop))
+        insort(self._gaps, (chunk, start, stop))
 
 
 _scratch: ContextVar[Arena | None] = ContextVar("scratch", default=None)
