@@ -61,7 +61,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, 
     if not _by_tap(weight):
         if weight.shape[2] == 1:
             return F.conv2d(x, weight[:, :, 0], bias, space)
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and stride == (1, 1):
+        if _float32_on_cpu(weight) and stride == (1, 1):
             return _convolve_stacked(x, weight, bias)
         return F.conv3d(x.transpose(0, 1)[None], weight, bias, (time, space, space))[0].transpose(0, 1)
     taps = weight.unbind(2)
@@ -90,7 +90,7 @@ def convolve_upsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Matrix product."""
-    if a.device.type != "cpu" or a.dtype != torch.float32 or BY_PRODUCTS:
+    if not _float32_on_cpu(a) or BY_PRODUCTS:
         return a @ b
     # As a 1x1 convolution, which oneDNN runs twice as fast as MKL multiplies matrices.
     return F.conv1d(b[None], a[..., None])[0]
@@ -110,7 +110,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[C, queries], [C, positions], [C, positions] -> [C, queries]."""
-    if q.device.type != "cpu" or q.dtype != torch.float32:
+    if not _float32_on_cpu(q):
         q, k, v = (x.t()[None, None] for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v)[0, 0].t()
     shares = multiply(k.t() * k.shape[0] ** -0.5, q).softmax(0)
@@ -118,7 +118,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _by_tap(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.shape[1] >= WIDE
+    return _float32_on_cpu(weight) and weight.shape[1] >= WIDE
+
+
+def _float32_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 # The pieces, on frames [T, C, H, W] with kernels [K, C, kh, kw].
