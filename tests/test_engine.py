@@ -10,7 +10,7 @@ from torch import nn
 
 import cvvae
 from cvvae import engine
-from cvvae.engine import kernels, winograd
+from cvvae.engine import kernels, passes, winograd
 from cvvae.engine.arena import Arena, empty, scratch
 from cvvae.engine.executor import Executor
 from cvvae.engine.store import Store
@@ -299,6 +299,24 @@ class TestKernels:
         assert torch.equal(kernels.for_stills(weight, "replicate", 2), weight.sum(2, keepdim=True))
         assert torch.equal(kernels.for_stills(weight, "zeros", 1), weight[:, :, 1:2])
         assert kernels.for_stills(weight[:, :, :1], "zeros", 0).shape[2] == 1
+
+
+class TestPasses:
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("own", [False, True], ids=["of_all_frames", "of_each_frame"])
+    @pytest.mark.parametrize("cached", [1, 500, 2 ** 21], ids=["by_frame", "by_two", "at_once"])
+    def test_a_few_frames_at_a_time(self, cached, own, layout, monkeypatch):
+        monkeypatch.setattr(passes, "CACHED", cached)
+        x = noise(5, 4, 3, 4).contiguous(memory_format=layout)
+        scale, shift, pilot = noise(3, 5 if own else 1, 4, 1, 1).unbind()
+        out = torch.empty(5, 4, 5, 6).contiguous(memory_format=layout)[:, :, 1:-1, 1:-1]
+        passes.EAGER.activate(x, scale, shift, out)
+        y = x.double() * scale + shift
+        assert torch.allclose(out.double(), y * y.sigmoid(), atol=1e-6)
+        first, second = passes.EAGER.sums(x, pilot)
+        steps = x.double() - pilot
+        assert torch.allclose(first.double(), steps.sum(3, keepdim=True), atol=1e-6)
+        assert torch.allclose(second.double(), steps.square().sum(3, keepdim=True), atol=1e-5)
 
 
 class TestMemory:
