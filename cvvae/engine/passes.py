@@ -29,9 +29,8 @@ class Passes(NamedTuple):
 
 
 def _activate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    for frames in _in_parts(x):
-        part = torch.addcmul(_of(shift, frames), x[frames], _of(scale, frames), out=out[frames])
-        F.silu(part, inplace=True)
+    for frames, times, plus, made in _in_parts(x, scale, shift, out):
+        F.silu(torch.addcmul(plus, frames, times, out=made), inplace=True)
 
 
 def _activate_at_once(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
@@ -41,11 +40,10 @@ def _activate_at_once(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> N
 def _sums(x: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
     # Written in the layout that is read: torch sums ten times slower from channels last to channels first.
     first, second = (empty(pilot, (*x.shape[:3], 1), layout_of(x)) for _ in range(2))
-    for frames in _in_parts(x):
-        seen = x[frames]
-        part = torch.sub(seen, _of(pilot, frames), out=empty(pilot, seen.shape, layout_of(x)))
-        torch.sum(part, 3, keepdim=True, out=first[frames])
-        torch.sum(part.square_(), 3, keepdim=True, out=second[frames])
+    for frames, minus, *made in _in_parts(x, pilot, first, second):
+        part = torch.sub(frames, minus, out=empty(minus, frames.shape, layout_of(x)))
+        torch.sum(part, 3, keepdim=True, out=made[0])
+        torch.sum(part.square_(), 3, keepdim=True, out=made[1])
     return first, second
 
 
@@ -54,15 +52,10 @@ def _sums_at_once(x: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
     return x.sum(3, keepdim=True), x.square().sum(3, keepdim=True)
 
 
-def _in_parts(x: Tensor) -> Iterator[slice]:
-    """The frames of ``x``, on a CPU few enough at a time to stay in its caches."""
+def _in_parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Frames of ``x``, on a CPU few enough at a time to stay in its caches, and of ``others`` [1 or T, ...] the same."""
     count = x.shape[0] if x.device.type != "cpu" else max(1, CACHED // x[0].nbytes)
-    return (slice(start, start + count) for start in range(0, x.shape[0], count))
-
-
-def _of(statistic: Tensor, frames: slice) -> Tensor:
-    """What concerns ``frames`` of something [1 or T, C, 1, 1]."""
-    return statistic if statistic.shape[0] == 1 else statistic[frames]
+    return zip(*(each.expand(x.shape[0], -1, -1, -1).split(count) for each in (x, *others)), strict=True)
 
 
 EAGER = Passes(_activate, _sums)
