@@ -31,11 +31,10 @@ LOWEST_STRIP = 2  # rows; where memory is short
 SHALLOW = 12  # strips, with their borders, that are in flight while everything needed again is kept; not on the CPU
 # There, by "encodes" and "is a picture": some layers where they are small, else so many bytes and a share of a layer, at
 # most so many bytes, because strips are no larger.
-IN_FLIGHT_CPU = {(True, True): (3.0, 92 * 10 ** 6, 0.0, 92 * 10 ** 6),
-                 (False, True): (4.5, 92 * 10 ** 6, 0.0, 92 * 10 ** 6),
-                 (True, False): (4.5, 97 * 10 ** 6, 0.2, 240 * 10 ** 6),
-                 (False, False): (6.0, 85 * 10 ** 6, 1.75, 240 * 10 ** 6)}
-IN_FLIGHT_CPU_NARROW = (6.0, 95 * 10 ** 6, 0.0, 95 * 10 ** 6)  # decoding clips, up to NARROW channels at the widest
+IN_FLIGHT_CPU = {(True, True): (4.0, 40 * 10 ** 6, 0.7, 160 * 10 ** 6),
+                 (False, True): (5.0, 55 * 10 ** 6, 0.6, 125 * 10 ** 6),
+                 (True, False): (5.0, 60 * 10 ** 6, 0.3, 300 * 10 ** 6),
+                 (False, False): (5.0, 50 * 10 ** 6, 0.35, 300 * 10 ** 6)}
 DEEP = 13  # layers at full resolution that are in flight where it is not, each with some rows of several strips
 HOLES = 1 / 8  # of a budget, which the CPU's heap keeps between tensors it gave back
 HALF_ENCODER, HALF_DECODER = 1.55, 2.2  # times that in half precision, which a CPU's libraries convert from and to
@@ -73,8 +72,7 @@ class Footprint:
         """Bytes taken when there is no limit."""
         if self.device == "cpu":
             layer = self.height * self.frames * self.width * self.channels * torch.float32.itemsize
-            narrow = not self.encodes and self.frames > 1 and self.widest <= NARROW
-            layers, least, share, most = IN_FLIGHT_CPU_NARROW if narrow else IN_FLIGHT_CPU[self.encodes, self.frames == 1]
+            layers, least, share, most = IN_FLIGHT_CPU[self.encodes, self.frames == 1]
             in_flight = min(layers * layer, least + share * layer, most)
             if self.itemsize < torch.float32.itemsize:
                 in_flight *= HALF_ENCODER if self.encodes else HALF_DECODER
