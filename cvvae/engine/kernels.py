@@ -20,7 +20,7 @@ WIDE = 32  # channels from which on the CPU gains by convolving in two dimension
 FOURS_FROM = 128
 # Channels from which on Winograd's method pays along rows and along columns too: with fewer, sums of rows cost as much
 # as the products saved.  Rounding errors grow with each axis, so along one only from a width on, and along two of the
-# three from twice that, unless channels are many: there it takes a fourteenth to an eleventh off clips of 256x256.
+# three from twice that, unless channels are many: there it takes a fourteenth to an eleventh off 9x256x256.
 ROWS_FROM, COLUMNS_FROM, LARGE = 128, 256, 64
 
 # What a CPU's libraries do best.  With AVX-512 that is oneDNN's convolution of float32 with channels first, twice as

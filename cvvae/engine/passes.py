@@ -40,10 +40,10 @@ def _activate_at_once(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> N
 def _sums(x: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
     # Written in the layout that is read: torch sums ten times slower from channels last to channels first.
     first, second = (empty(pilot, (*x.shape[:3], 1), layout_of(x)) for _ in range(2))
-    for frames, minus, *made in _in_parts(x, pilot, first, second):
+    for frames, minus, plain, squared in _in_parts(x, pilot, first, second):
         part = torch.sub(frames, minus, out=empty(minus, frames.shape, layout_of(x)))
-        torch.sum(part, 3, keepdim=True, out=made[0])
-        torch.sum(part.square_(), 3, keepdim=True, out=made[1])
+        torch.sum(part, 3, keepdim=True, out=plain)
+        torch.sum(part.square_(), 3, keepdim=True, out=squared)
     return first, second
 
 
