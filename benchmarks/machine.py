@@ -75,6 +75,13 @@ def interleave(calls: dict[str, Call], rounds: int, device: str | torch.device =
     return seconds
 
 
+def matrix_rate(device: str | torch.device, dtype: torch.dtype, side: int = 8192, rounds: int = 10) -> float:
+    """Floating-point operations in a second of a product of two square matrices of random numbers; a median."""
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    taken = interleave({"product": lambda: a @ b}, rounds, device)["product"]
+    return 2 * side ** 3 / statistics.median(taken)
+
+
 def seconds_text(seconds: list[float]) -> str:
     """Median and, of several, range: "1.23 s (1.20 to 1.31)"."""
     median = f"{_three_digits(statistics.median(seconds))} s"

@@ -11,9 +11,10 @@ from time import perf_counter
 
 import torch
 from cases import Case, add_cases_option, add_model_options, build, cases, contenders, make_parser, parse_count
-from machine import Row, interleave, publish, seconds_text, synchronize
+from machine import Row, interleave, matrix_rate, publish, seconds_text, synchronize
 from reference import Contender, distance
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import cvvae
 
@@ -61,7 +62,13 @@ def measure(case: Case, models: dict[str, Contender], options: argparse.Namespac
         return result
 
     seconds = interleave({name: partial(run, name) for name in models}, options.rounds, options.device, compare)
-    return {**case.describe(), "seconds": seconds, "first_seconds": first, "differences": differences,
+    done = {}
+    if options.device == "cuda":
+        with FlopCounterMode(display=False) as counter:
+            case.run(models["ours"], x)
+        # Beside the rate at which large matrices are multiplied it says how well the machine is used.
+        done = {"flop_done": counter.get_total_flops(), "matrix_rate": matrix_rate(options.device, x.dtype)}
+    return {**case.describe(), **done, "seconds": seconds, "first_seconds": first, "differences": differences,
             "flop": case.flop(options.widths, cvvae.Tiling())}
 
 
@@ -77,6 +84,10 @@ def row(measurement: dict) -> Row:
     if "compiled" in seconds:
         cells["compiled, first call"] = seconds_text([measurement["first_seconds"]["compiled"]])
     cells |= {f"{name}, GFLOP/s": f"{flop / median / 1e9:.0f}" for name, median in medians.items()}
+    if "flop_done" in measurement:
+        done, rate = measurement["flop_done"], measurement["flop_done"] / medians["ours"]
+        cells |= {"ours, TFLOP done": f"{done / 1e12:.3g}", "ours, TFLOP/s done": f"{rate / 1e12:.0f}",
+                  "of the matrix rate": f"{rate / measurement['matrix_rate']:.0%}"}
     cells |= {f"{name}, difference": f"{value:.1e} sd" for name, value in measurement["differences"].items()}
     return cells
 

@@ -172,7 +172,7 @@ class Tile:
     rows: Span
     cols: Span
 
-    def weight(self, scale: int) -> Tensor:
+    def weight(self, scale: int, device: torch.device | None = None) -> Tensor:
         """Blending weight [h, w] (float32) of this tile at ``scale`` elements per latent: 1, or 8 for pixels.
 
         The weights of all tiles sum to one everywhere.  Both axes ramp linearly from 0 to (n-1)/n across
@@ -180,8 +180,8 @@ class Tile:
         been blended across its columns, which applies the column ramp twice in the rows handed down; the
         last factor is that, kept so that the same weights give the same pixels.
         """
-        rise_y, fall_y = _ramps(self.rows, scale)
-        rise_x, fall_x = _ramps(self.cols, scale)
+        rise_y, fall_y = _ramps(self.rows, scale, device)
+        rise_x, fall_x = _ramps(self.cols, scale, device)
         weight = (rise_y * fall_y)[:, None] * (rise_x * fall_x)[None, :]
         if self.rows.after:
             handed_down = slice(len(fall_y) - self.rows.after * scale, None)
@@ -189,15 +189,15 @@ class Tile:
         return weight
 
 
-def _ramps(span: Span, scale: int) -> tuple[Tensor, Tensor]:
+def _ramps(span: Span, scale: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
     """Rising and falling ramps along ``span``, both 1 where nothing is shared."""
-    rise, fall = torch.ones(len(span) * scale), torch.ones(len(span) * scale)
+    rise, fall = torch.ones(2, len(span) * scale, device=device)
     if span.before:
         n = span.before * scale
-        rise[:n] = torch.arange(n) / n
+        rise[:n] = torch.arange(n, device=device) / n
     if span.after:
         n = span.after * scale
-        fall[-n:] = 1 - torch.arange(n) / n
+        fall[-n:] = 1 - torch.arange(n, device=device) / n
     return rise, fall
 
 

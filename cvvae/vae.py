@@ -271,36 +271,64 @@ class Run:
         if statistics is None and self.tiling.statistics == "window" and len(self.plan.tiles) > 1:
             statistics = engine.Statistics()
             for tile in self.plan.tiles:
-                self._tile(x, statistics, tile)
+                self._tiles(x, statistics, [tile])
                 step()
             statistics.pool()
+        scale = 1 if self.encodes else SPACE_FACTOR
         # No closure: an error's frames keep theirs, and with it the window, for as long as the error is kept.
-        whole = _join(self.plan.tiles, 1 if self.encodes else SPACE_FACTOR, partial(self._tile, x, statistics), step)
+        whole = _join(self._together(x, statistics), scale, partial(self._tiles, x, statistics), step)
         if self.vae.dtype == torch.float16 and not whole.isfinite().all() and x.isfinite().all():
             raise FloatingPointError(f"{'Encoding' if self.encodes else 'Decoding'} in float16 gave values that are not "
                                      "finite: these weights need a wider range. Load the model in bfloat16 or float32.")
         return whole
 
-    def _tile(self, x: Tensor, statistics: engine.Statistics | None, tile: Tile) -> Tensor:
-        rows, cols = ((span.pixels() if self.encodes else span.latents()) for span in (tile.rows, tile.cols))
-        return self.vae._compute(self.network, x[..., rows, cols], x.shape[2] == 1, self.memory, self.check, statistics)
+    def _together(self, x: Tensor, statistics: engine.Statistics | None) -> list[list[Tile]]:
+        """Tiles in groups that are computed at once: equal ones of a picture, which are as many stills."""
+        tiles = self.plan.tiles
+        count = 1
+        if x.shape[2] == 1 and statistics is None and self.vae.executor != "plain":
+            size = len(tiles[0].rows), len(tiles[0].cols)
+            count = engine.stills_at_once(self.vae.config, self.encodes, size, self.vae.dtype, self.device, self.memory)
+        groups: list[list[Tile]] = []
+        for tile in tiles:
+            last = groups[-1] if groups else []
+            equal = last and (len(last[0].rows), len(last[0].cols)) == (len(tile.rows), len(tile.cols))
+            if equal and len(last) < count:
+                last.append(tile)
+            else:
+                groups.append([tile])
+        return groups
+
+    def _tiles(self, x: Tensor, statistics: engine.Statistics | None, tiles: list[Tile]) -> Tensor:
+        """Of a clip one; of a picture several, one behind the other along time."""
+        parts = []
+        for tile in tiles:
+            rows, cols = ((span.pixels() if self.encodes else span.latents()) for span in (tile.rows, tile.cols))
+            parts.append(x[..., rows, cols])
+        part = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return self.vae._compute(self.network, part, x.shape[2] == 1, self.memory, self.check, statistics)
 
 
-def _join(tiles: list[Tile], scale: int, compute: Callable[[Tile], Tensor], step: Callable[[], None]) -> Tensor:
+def _join(groups: list[list[Tile]], scale: int, compute: Callable[[list[Tile]], Tensor],
+          step: Callable[[], None]) -> Tensor:
     """Compute every tile and blend: in float32, as the reference does, whatever the tiles' dtype."""
-    if len(tiles) == 1:
-        whole = compute(tiles[0])
+    if len(groups) == len(groups[0]) == 1:
+        whole = compute(groups[0])
         step()
         return whole
-    height, width = tiles[-1].rows.stop * scale, tiles[-1].cols.stop * scale
+    end = groups[-1][-1]
+    height, width = end.rows.stop * scale, end.cols.stop * scale
     whole = None
-    for tile in tiles:
-        piece = compute(tile)
-        if whole is None:
-            whole = torch.zeros(*piece.shape[:-2], height, width, dtype=torch.float32, device=piece.device)
-        place = whole[..., tile.rows.start * scale:tile.rows.stop * scale, tile.cols.start * scale:tile.cols.stop * scale]
-        place.addcmul_(piece.float(), tile.weight(scale).to(piece.device))
-        step()
+    for tiles in groups:
+        made = compute(tiles)
+        for tile, piece in zip(tiles, made.chunk(len(tiles), dim=2), strict=True):
+            if whole is None:
+                whole = torch.zeros(*piece.shape[:-2], height, width, dtype=torch.float32, device=piece.device)
+            place = whole[..., tile.rows.start * scale:tile.rows.stop * scale,
+                          tile.cols.start * scale:tile.cols.stop * scale]
+            place.addcmul_(piece.float(), tile.weight(scale, piece.device))
+            step()
+        del made, piece
     return whole
 
 

@@ -294,6 +294,16 @@ class TestKernels:
         expected = nn.functional.scaled_dot_product_attention(*flat).transpose(1, 2).unflatten(2, (5, 7))
         assert distance(kernels.attend(q, k, v), expected) < 5e-6
 
+    def test_cudnn_by_name(self, monkeypatch):
+        """Where PyTorch would not call it; no GPU is needed to see what it is asked for."""
+        def cudnn(x, weight, *, padding, stride, dilation, groups, benchmark, deterministic, allow_tf32):
+            return nn.functional.conv3d(x, weight, None, stride, padding, dilation, groups)
+
+        monkeypatch.setattr(torch, "cudnn_convolution", cudnn)
+        x, weight, bias = noise(1, 4, 5, 6, 7), noise(3, 4, 3, 3, 3), noise(3)
+        found = kernels._convolve_by_cudnn(x, weight, bias, (2, 1, 2))
+        assert torch.allclose(found, nn.functional.conv3d(x, weight, bias, (2, 1, 2)), atol=1e-5)
+
     def test_stills_see_one_frame(self):
         weight = noise(2, 3, 3, 1, 1)
         assert torch.equal(kernels.for_stills(weight, "replicate", 2), weight.sum(2, keepdim=True))
@@ -310,10 +320,10 @@ class TestPasses:
         x = noise(5, 4, 3, 4).contiguous(memory_format=layout)
         scale, shift, pilot = noise(3, 5 if own else 1, 4, 1, 1).unbind()
         out = torch.empty(5, 4, 5, 6).contiguous(memory_format=layout)[:, :, 1:-1, 1:-1]
-        passes.EAGER.activate(x, scale, shift, out)
+        passes.activate(x, scale, shift, out)
         y = x.double() * scale + shift
         assert torch.allclose(out.double(), y * y.sigmoid(), atol=1e-6)
-        first, second = passes.EAGER.sums(x, pilot)
+        first, second = passes.sums(x, pilot)
         steps = x.double() - pilot
         assert torch.allclose(first.double(), steps.sum(3, keepdim=True), atol=1e-6)
         assert torch.allclose(second.double(), steps.square().sum(3, keepdim=True), atol=1e-5)
@@ -342,6 +352,44 @@ class TestMemory:
         else:
             assert 128 <= found.tile_pixels < 576 and found.overlap_pixels <= found.tile_pixels // 4
             assert "too little for tiles of 576 pixels" in caplog.text
+
+    @pytest.mark.parametrize("memory, rows, kept", [(None, 96, None), (5 * 10 ** 9, 96, None), (4 * 10 ** 9, 48, None),
+                                                    (3_500_000_000, 24, None), (3_200_000_000, 8, None)])
+    def test_a_gpu_takes_lower_strips_before_it_computes_any_again(self, memory, rows, kept):
+        tile = engine.Footprint(False, 17, 576, 576, 128, 256, 512, 2, "cuda")
+        strip_rows, keeps = tile.plan(memory)
+        assert strip_rows(17, 576, 128) == rows and keeps == kept
+        assert memory is None or tile._peak_elsewhere(10 ** 6 * {96: 256, 48: 128, 24: 64, 8: 32}[rows]) <= memory
+
+    def test_below_that_strips_are_computed_again(self):
+        strip_rows, keeps = engine.Footprint(False, 17, 576, 576, 128, 256, 512, 2, "cuda").plan(2 * 10 ** 9)
+        assert strip_rows(17, 576, 128) < 8 and keeps < 2 * 10 ** 9
+
+    def test_a_gpu_computes_equal_tiles_of_a_picture_together(self, vae, monkeypatch):
+        calls = []
+
+        def at_once(*arguments):
+            calls.append(arguments)
+            return 4
+
+        vae.tiling = cvvae.Tiling(None, tile_pixels=24, overlap_pixels=8)
+        clip = video_clip(1, 56, 40)  # 3 x 2 tiles
+        expected = vae.encode(clip).mean
+        decoded = vae.decode(expected)
+        sizes = []
+        compute = type(vae)._compute
+        monkeypatch.setattr(type(vae), "_compute", lambda self, network, x, *rest: (
+            sizes.append(x.shape[2]), compute(self, network, x, *rest))[1])
+        monkeypatch.setattr(engine, "stills_at_once", at_once)
+        assert distance(vae.encode(clip).mean, expected) < 2e-5 and sizes == [4, 2] and calls
+        assert distance(vae.decode(expected), decoded) < 2e-5 and sizes[2:] == [4, 2]
+        vae.encode(video_clip(5, 56, 40))
+        assert sizes[4:] == [5] * 6  # tiles of a clip one by one
+
+    @pytest.mark.parametrize("device, memory, count", [("cpu", None, 1), ("cuda", None, 4), ("cuda", 10 ** 9, 1)])
+    def test_how_many_pictures_at_once(self, device, memory, count):
+        config = cvvae.Config("v1", 4, (128, 256, 512, 512), 2)
+        assert engine.stills_at_once(config, False, (72, 72), torch.float16, torch.device(device), memory) == count
 
     def test_auto_is_less_than_the_machine_has(self):
         import psutil

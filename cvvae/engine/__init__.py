@@ -1,7 +1,8 @@
 """The fast engine: another executor of the definition in :mod:`cvvae.model`, for inference.
 
 Read :mod:`.executor` first: the walk through the layers; :mod:`.activation` and :mod:`.store`: how their
-outputs are kept; :mod:`.kernels`, :mod:`.products` and :mod:`.winograd`: convolutions; :mod:`.passes`: the rest;
+outputs are kept; :mod:`.kernels`, :mod:`.products` and :mod:`.winograd`: convolutions; :mod:`.passes` and, for
+CUDA, :mod:`.fused`: the rest;
 :mod:`.arena`: where the CPU's tensors lie; :mod:`.memory`: sizes.
 """
 
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 
 from ..frames import frames_of
 from ..model import Decoder, Downsample, Encoder, ResnetBlock, SpatialAttention, TemporalAttention, Upsample
-from . import passes
 from .activation import Statistics
 from .arena import scratch
 from .executor import Executor, Weights, own_weights
-from .memory import Footprint, budget, fitting, footprint, working_memory
+from .memory import Footprint, budget, fitting, footprint, stills_at_once, working_memory
+from .passes import passes_for
 
 __all__ = ["Footprint", "Statistics", "Weights", "budget", "fitting", "footprint", "knows", "own_weights", "run",
-           "working_memory"]
+           "stills_at_once", "working_memory"]
 
 
 LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -56,6 +57,6 @@ def run(network: Encoder | Decoder, x: Tensor, stills: bool, memory: int | None,
     tile = Footprint(encodes, frames, height, width, channels, widest, network.mid.block_1.norm1.num_channels,
                      x.element_size(), x.device.type)
     executor = Executor(*tile.plan(memory), stills, check, weights, statistics,
-                        passes.compiled() if compiled else passes.EAGER)
+                        passes_for(x.device, compiled))
     with scratch():
         return executor.encode(network, x) if encodes else executor.decode(network, x)

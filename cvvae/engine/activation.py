@@ -12,38 +12,12 @@ import torch
 from torch import Tensor
 
 from .arena import empty_like
-from .passes import EAGER
+from .passes import Moments
 from .store import Store
 
-Compute = Callable[[int, int], Tensor]
+Compute = Callable[[int, int, Moments | None], Tensor]
 RESERVE = 3  # strips
 LOOK_BACK = 6  # rows above a strip that residual blocks and up-samplers still ask for
-
-
-class Moments:
-    """Sums over rows, and over frames unless ``by_frame``, of an activation's channels, as strips come in."""
-
-    def __init__(self, by_frame: bool, sums: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = EAGER.sums):
-        self.dims = (2, 3) if by_frame else (0, 2, 3)
-        self.sums = sums
-        self.count = 0
-        self.pilot: Tensor | None = None
-
-    def add(self, strip: Tensor) -> None:
-        if self.pilot is None:
-            # Squares are summed around a first guess of the mean; around zero they would lose the digits that count.
-            self.pilot = strip.float().mean(self.dims, keepdim=True)
-            self.first = self.second = 0
-        first, second = self.sums(strip, self.pilot)
-        self.first = self.first + _exact(first).sum(self.dims, keepdim=True)
-        self.second = self.second + _exact(second).sum(self.dims, keepdim=True)
-        self.count += strip.numel() // self.pilot.numel()
-
-    def mean_and_square(self) -> tuple[Tensor, Tensor]:
-        """Mean of x and of x squared, [1 or T, C, 1, 1]."""
-        pilot = _exact(self.pilot)
-        first, second = self.first / self.count, self.second / self.count
-        return pilot + first, second + 2 * pilot * first + pilot.square()
 
 
 class Statistics:
@@ -74,16 +48,12 @@ class Statistics:
         return mean / count, square / count
 
 
-def _exact(x: Tensor) -> Tensor:
-    """In double precision, where the device has it."""
-    return x if x.device.type == "mps" else x.double()
-
-
 class Activation:
     """One layer's output [T, C, H, W].
 
     strip: rows of a strip; the last one may be lower.
-    compute: (first row, row behind the last) -> [T, C, rows, W]; None where all is kept from the start.
+    compute: (first row, row behind the last, what measures them or None) -> [T, C, rows, W]; None where all is kept from
+        the start.
     like: a tensor of its dtype and device.
     moments: what its strips are measured with.
     """
@@ -103,25 +73,25 @@ class Activation:
     def rows_of(self, index: int) -> tuple[int, int]:
         return index * self.strip, min((index + 1) * self.strip, self.shape[2])
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Rows ``start`` to ``stop`` as (first row, [T, C, rows, W]), in order."""
+    def pieces(self, start: int, stop: int, moments: Moments | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Rows ``start`` to ``stop`` as (first row, [T, C, rows, W]), in order; ``moments`` measure what is computed."""
         row = start
         while row < stop:
             piece = self._at_hand(row, stop)
             if piece is None:
                 # No more than a strip at a time: a request from a smaller layer can span many.
-                end = row + 1
-                while end < min(stop, row + self.strip) and self.kept[end // self.strip] is None:
-                    end += 1
-                piece = self.compute(row, end)
+                end, below = min(stop, row + self.strip), (row // self.strip + 1) * self.strip
+                if below < end and self.kept[below // self.strip] is not None:
+                    end = below
+                piece = self.compute(row, end, moments)
                 self.recent.append((row, piece))
                 self._forget(row + piece.shape[2])
             yield row, piece
             row += piece.shape[2]
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int, moments: Moments | None = None) -> Tensor:
         """The same in one tensor."""
-        pieces = [piece for _, piece in self.pieces(start, stop)]
+        pieces = [piece for _, piece in self.pieces(start, stop, moments)]
         if len(pieces) == 1:
             return pieces[0]
         frames, channels, _, width = self.shape
@@ -188,7 +158,7 @@ def settle(made: Sequence[Activation], parents: Sequence[Activation], store: Sto
     count, height = len(made[0].kept), made[0].shape[2]
     for i in range(count):
         rows = made[0].rows_of(i)
-        pieces = [activation.rows(*rows) for activation in made]
+        pieces = [activation.rows(*rows, activation.moments if result is None else None) for activation in made]
         if result is not None:
             made[0].kept[i] = result[:, :, slice(*rows)].copy_(pieces[0])
         else:
@@ -197,7 +167,6 @@ def settle(made: Sequence[Activation], parents: Sequence[Activation], store: Sto
             replaced = sum(parent.bytes_kept(*rows, height) for parent in parents)
             room = store.has_room(size if replaced >= size else (1 + RESERVE) * size)
             for activation, piece in zip(made, pieces, strict=True):
-                activation.moments.add(piece)
                 if room:
                     activation.kept[i] = store.keep(piece)
         del pieces

@@ -10,15 +10,14 @@ It walks the same modules in the same order and differs in how each layer is com
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
 from ..model import Decoder, Downsample, Encoder, Padding, ResnetBlock, SpatialAttention, Upsample
 from . import kernels
-from .activation import Activation, Compute, Moments, Statistics, settle
-from .passes import EAGER, Passes
+from .activation import Activation, Compute, Statistics, settle
+from .passes import EAGER, Border, Moments, Passes, affine
 from .store import Store
 
 Weights = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
@@ -27,16 +26,6 @@ Weights = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 def own_weights(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of ``module`` as they are; a host that keeps weights elsewhere has its own way."""
     return module.weight, module.bias
-
-
-@dataclass(frozen=True)
-class Border:
-    """What a convolution's input gets around it: pixels and frames before and behind, and what they hold."""
-
-    space: tuple[int, int]
-    space_mode: str  # "zeros" | "replicate"
-    time: tuple[int, int] = (0, 0)
-    time_mode: str = "replicate"
 
 
 class Executor:
@@ -48,7 +37,7 @@ class Executor:
     check: called after every strip; may raise to cancel.
     weights: where layers' weights come from.
     statistics: what group norms share with other runs.
-    passes: how activations are normalised and measured.
+    passes: how activations are bordered, normalised and measured.
     """
 
     def __init__(self, strip_rows: Callable[[int, int, int], int], memory: int | None = None, stills: bool = False,
@@ -102,24 +91,19 @@ class Executor:
         else:
             weight, bias = self.weights(block.nin_shortcut, h.like)
             weight = kernels.prepared(weight.flatten(2)[..., None, None])
-            shortcut = self._layer(h.shape, lambda start, stop: kernels.convolve(given.rows(start, stop), weight, bias),
-                                   h.like, weight.shape[1])
             given = x
+
+            def compute(start: int, stop: int, moments: Moments | None) -> Tensor:
+                return self._applied(weight, bias, given.rows(start, stop), moments)
+
+            shortcut = self._layer(h.shape, compute, h.like, weight.shape[1])
             if weight.shape[0] < weight.shape[1]:
                 # Smaller than its input, which can go while the first convolution runs.
                 settle([h, shortcut], [x], self.store, self.check)
                 x = shortcut
             else:
                 self._settle(h)
-        convolved = self._convolved(block.conv2, h, block.padding, block.norm2)
-
-        def total(start: int, stop: int) -> Tensor:
-            out = convolved.compute(start, stop)
-            for row, piece in shortcut.pieces(start, stop):
-                out[:, :, row - start:row - start + piece.shape[2]] += piece
-            return out
-
-        return self._settle(self._layer(h.shape, total, h.like), x, h)
+        return self._settle(self._convolved(block.conv2, h, block.padding, block.norm2, shortcut), x, h)
 
     def _attended(self, attention: SpatialAttention, x: Activation) -> Activation:
         """Whole frames at once: this is the smallest layer, and each position looks at all others."""
@@ -137,8 +121,9 @@ class Executor:
 
     # -- layers --------------------------------------------------------------------------------------
 
-    def _convolved(self, conv: nn.Module, x: Activation, padding: Padding, norm: nn.Module | None = None) -> Activation:
-        """``conv`` of ``x``, which is normalised and activated first where there is a ``norm``."""
+    def _convolved(self, conv: nn.Module, x: Activation, padding: Padding, norm: nn.Module | None = None,
+                   shortcut: Activation | None = None) -> Activation:
+        """``conv`` of ``x``, which is normalised and activated first where there is a ``norm``; and ``shortcut`` added."""
         if isinstance(conv, nn.Conv2d):
             border = Border((1, 1), "zeros")
         else:
@@ -147,8 +132,9 @@ class Executor:
         affine = None if norm is None else self._affine(norm, x)
         frames, channels, height, width = x.shape
 
-        def compute(start: int, stop: int) -> Tensor:
-            return kernels.convolve(self._bordered(x, start - 1, stop + 1, border, affine), kernel, bias)
+        def compute(start: int, stop: int, moments: Moments | None) -> Tensor:
+            rows = self._bordered(x, start - 1, stop + 1, border, affine)
+            return self._applied(kernel, bias, rows, moments, shortcut=shortcut and shortcut.pieces(start, stop))
 
         return self._layer((frames, kernel.shape[0], height, width), compute, x.like, channels)
 
@@ -160,9 +146,9 @@ class Executor:
         before, behind = down.space
         small = [(side + before + behind - 3) // 2 + 1 for side in (height, width)]
 
-        def compute(start: int, stop: int) -> Tensor:
+        def compute(start: int, stop: int, moments: Moments | None) -> Tensor:
             rows = self._bordered(x, 2 * start - before, 2 * stop + 1 - before, border)
-            return kernels.convolve(rows, kernel, bias, (time, 2))
+            return self._applied(kernel, bias, rows, moments, (time, 2))
 
         # No more rows than a strip of the larger input has, of which they take twice as many.
         return self._layer(((frames - 1) // time + 1, channels, *small), compute, x.like, most=x.strip)
@@ -182,24 +168,34 @@ class Executor:
             else:
                 parts = [second, first][:frames]
                 frames = 2 * frames - 1
+        phases = self.passes.interleaved and [kernels.prepared(kernels.phases(part)) for part, *_ in parts]
 
-        def compute(start: int, stop: int) -> Tensor:
+        def compute(start: int, stop: int, moments: Moments | None) -> Tensor:
             low, high = start // 2, -(-stop // 2)
             rows = self._bordered(x, low - 1, high + 1, border)
-            made = [kernels.convolve_upsampled(rows[offset:], part, part_bias) for part, part_bias, offset, _ in parts]
-            if len(made) == 1:
-                out = made[0]
+            if phases:
+                out = kernels.empty(rows, frames, channels, stop - start, 2 * width)
+                for (_, part_bias, offset, place), part in zip(parts, phases, strict=True):
+                    made = kernels.convolve(rows[offset:], part, None)
+                    self.passes.interleaved(made, part_bias, start - 2 * low, out[place])
             else:
-                out = kernels.empty(rows, frames, channels, 2 * (high - low), 2 * width)
-                for piece, (*_, place) in zip(made, parts, strict=True):
-                    out[place] = piece
-            return out[:, :, start - 2 * low:stop - 2 * low]
+                made = [kernels.convolve_upsampled(rows[offset:], part, part_bias) for part, part_bias, offset, _ in parts]
+                if len(made) == 1:
+                    out = made[0]
+                else:
+                    out = kernels.empty(rows, frames, channels, 2 * (high - low), 2 * width)
+                    for piece, (*_, place) in zip(made, parts, strict=True):
+                        out[place] = piece
+                out = out[:, :, start - 2 * low:stop - 2 * low]
+            if moments is not None:
+                moments.add(out)
+            return out
 
         return self._layer((frames, channels, 2 * height, 2 * width), compute, x.like)
 
     def _pointwise(self, conv: nn.Module, x: Tensor) -> Tensor:
         weight, bias = self.weights(conv, x)
-        return kernels.convolve(x, kernels.prepared(weight.flatten(2)[..., None, None]), bias)
+        return self._applied(kernels.prepared(weight.flatten(2)[..., None, None]), bias, x, None)
 
     # -- pieces of layers ----------------------------------------------------------------------------
 
@@ -217,16 +213,10 @@ class Executor:
         """Group norm as a factor and a summand for each channel (and frame, for stills)."""
         weight, bias = self.weights(norm, x.like)
         if self.statistics is None:
-            mean, square = x.moments.mean_and_square()
-        else:
-            mean, square = self.statistics.exchange(self.norms, x.moments)
-            self.norms += 1
-        grouped = (mean.shape[0], norm.num_groups, -1)
-        mean, square = (value.reshape(grouped).mean(-1, keepdim=True) for value in (mean, square))
-        scale = ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
-        scale = weight.to(scale).reshape(grouped[1:]) * scale
-        shift = bias.to(scale).reshape(grouped[1:]) - mean * scale
-        return tuple(value.flatten(1).float()[:, :, None, None] for value in (scale, shift))
+            return x.moments.affine(weight, bias, norm.num_groups, norm.eps)
+        mean, square = self.statistics.exchange(self.norms, x.moments)
+        self.norms += 1
+        return affine(mean, square, weight, bias, norm.num_groups, norm.eps)
 
     def _bordered(self, x: Activation, start: int, stop: int, border: Border,
                   affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -234,19 +224,26 @@ class Executor:
         frames, channels, height, width = x.shape
         (left, right), (front, back) = border.space, border.time
         out = kernels.empty(x.like, front + frames + back, channels, stop - start, left + width + right)
-        inner = out[front:front + frames, ..., left:left + width]
-        top, bottom = max(start, 0), min(stop, height)
-        for row, piece in x.pieces(top, bottom):
-            place = inner[:, :, row - start:row - start + piece.shape[2]]
-            if affine is None:
-                place.copy_(piece)
-            else:
-                self.passes.activate(piece, *affine, place)
-        clip = out[front:front + frames]
-        top, bottom = top - start, bottom - start
-        _fill(clip[:, :, top:bottom], 3, left, left + width, border.space_mode)
-        _fill(clip, 2, top, bottom, border.space_mode)
-        _fill(out, 0, front, front + frames, border.time_mode)
+        pieces = x.pieces(max(start, 0), min(stop, height))
+        self.passes.bordered(pieces, start, stop, height, border, affine, out)
+        return out
+
+    def _applied(self, kernel: Tensor, bias: Tensor, x: Tensor, moments: Moments | None, stride: tuple[int, int] = (1, 1),
+                 shortcut: Iterable[tuple[int, Tensor]] | None = None) -> Tensor:
+        """The convolution of ``x``, and ``shortcut`` added, which comes in pieces; measured where there are ``moments``."""
+        late = bias if self.passes.late_bias else None
+        out = kernels.convolve(x, kernel, bias if late is None else None, stride)
+        if shortcut is None:
+            self.passes.add(out, None, late, moments)
+            return out
+        row, measured = 0, None
+        for _, piece in shortcut:
+            behind = row + piece.shape[2]
+            measured = moments if behind - row == out.shape[2] else None  # else when all is there
+            self.passes.add(out[:, :, row:behind], piece, late, measured)
+            row = behind
+        if measured is not moments:
+            self.passes.add(out, None, None, moments)
         return out
 
     # -- activations ---------------------------------------------------------------------------------
@@ -254,9 +251,8 @@ class Executor:
     def _layer(self, shape: tuple[int, int, int, int], compute: Compute | None, like: Tensor,
                channels: int = 0, most: float = math.inf) -> Activation:
         """channels: that are read.  most: rows of a strip."""
-        moments = Moments(self.stills, self.passes.sums)
         rows = self.strip_rows(shape[0], shape[3], max(channels, shape[1]))
-        return Activation(shape, min(rows, most), compute, like, moments)
+        return Activation(shape, min(rows, most), compute, like, self.passes.moments(self.stills))
 
     def _input(self, x: Tensor) -> Activation:
         """[1, C, T, H, W], all there from the start."""
@@ -274,14 +270,3 @@ class Executor:
         settle([made], [x], self.store, self.check, result=whole[0].transpose(0, 1))
         return whole
 
-
-def _fill(x: Tensor, dim: int, start: int, stop: int, mode: str) -> None:
-    """Fill what of ``x`` lies before ``start`` and from ``stop`` on, along ``dim``."""
-    for place, edge in ((slice(0, start), start), (slice(stop, None), stop - 1)):
-        outside = x[(slice(None),) * dim + (place,)]
-        if outside.numel() == 0:
-            continue
-        if mode == "zeros":
-            outside.zero_()
-        else:
-            outside.copy_(x.narrow(dim, edge, 1).expand_as(outside))

@@ -13,7 +13,8 @@ from . import arena, products
 from .winograd import COLUMNS, ROWS, TIME, Product, doubled, filtered, halved
 
 FEW = 4  # frames that the libraries convolve at a time: what they give stays in the caches, and little of it in the heap
-SCORES = 2 ** 21  # values that queries make with keys at a time
+SCORES, SCORES_ELSEWHERE = 2 ** 21, 2 ** 27  # values that queries make with keys at a time, on the CPU and elsewhere
+STACKED = 16  # channels that a GPU's matrix units take at once; of three they make a fifth of the speed
 WIDE = 32  # channels from which on the CPU gains by convolving in two dimensions, frame by frame
 # Channels from which on four outputs in time are made at once.  With fewer, that saves little time over two, and in
 # tiles encoded and decoded again it cost a sixth to a half more rounding error.
@@ -26,6 +27,11 @@ ROWS_FROM, COLUMNS_FROM, LARGE = 128, 256, 64
 # What a CPU's libraries do best.  With AVX-512 that is oneDNN's convolution of float32 with channels first, twice as
 # fast as MKL's matrix product on AMD's; with AVX2 both are equally fast, and products are more exact.
 BY_PRODUCTS = torch.backends.cpu.get_cpu_capability() != "AVX512"
+
+# PyTorch 2.9 and 2.10 with cuDNN 9.10.2 to 9.14 run half-precision convolutions over time by kernels of their own, which
+# take many times the memory, unless cuDNN is asked for by name.  ComfyUI asks too (comfy/ops.py).
+ASKS_CUDNN = (torch.version.cuda is not None and torch.__version__.split(".")[:2] in (["2", "9"], ["2", "10"])
+              and 91002 <= (torch.backends.cudnn.version() or 0) < 91500)
 
 
 def empty(like: Tensor, frames: int, channels: int, height: int, width: int) -> Tensor:
@@ -52,7 +58,22 @@ def for_stills(weight: Tensor, time_mode: str, front: int) -> Tensor:
 
 def prepared(weight: Tensor) -> Tensor:
     """A layer's kernel, laid out as :func:`convolve` reads it best."""
+    if weight.device.type != "cpu":
+        return weight.contiguous(memory_format=torch.channels_last_3d)
     return products.packed(weight) if BY_PRODUCTS and _by_tap(weight) else weight
+
+
+def phases(weight: Tensor) -> Tensor:
+    """[K, C, kt, 3, 3] -> [4K, C, kt, 2, 2]: a convolution behind nearest 2x up-sampling, over the small picture.
+
+    Between four neighbouring pixels lie four of the large picture, which see no others: the last of the upper left
+    one's, the first of the lower right one's, and so on.  A 2x2 kernel over the small picture makes them all, in turn
+    (row, column) as channels.
+    """
+    for axis in (-1, -2):
+        first, middle, last = weight.split(1, dim=axis)
+        weight = torch.stack([torch.cat([first + middle, last], axis), torch.cat([first, middle + last], axis)])
+    return weight.flatten(0, 2)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1)) -> Tensor:
@@ -61,9 +82,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, 
     if not _by_tap(weight):
         if weight.shape[2] == 1:
             return F.conv2d(x, weight[:, :, 0], bias, space)
-        if _float32_on_cpu(weight) and stride == (1, 1):
+        if stride == (1, 1) and (_float32_on_cpu(weight) or 3 * weight.shape[1] <= STACKED and x.device.type != "cpu"):
             return _convolve_stacked(x, weight, bias)
-        return F.conv3d(x.transpose(0, 1)[None], weight, bias, (time, space, space))[0].transpose(0, 1)
+        return _convolve_over_time(x.transpose(0, 1)[None], weight, bias, (time, space, space))[0].transpose(0, 1)
     taps = weight.unbind(2)
     if space == 1 and len(taps) == 3:
         return filtered(x, taps, bias, TIME, _convolve_behind_time, fours=weight.shape[1] >= FOURS_FROM)
@@ -98,7 +119,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Self-attention over the positions of each frame, [T, C, h, w]; a few rows of queries at a time."""
-    rows = max(1, SCORES // (k[0, 0].numel() * q.shape[3]))
+    scores = SCORES if q.device.type == "cpu" else SCORES_ELSEWHERE
+    rows = max(1, scores // (k[0, 0].numel() * q.shape[3]))
     out = torch.empty_like(q)
     for frame in range(q.shape[0]):
         keys, values = k[frame].flatten(1), v[frame].flatten(1)
@@ -111,7 +133,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[C, queries], [C, positions], [C, positions] -> [C, queries]."""
     if not _float32_on_cpu(q):
-        q, k, v = (x.t()[None, None] for x in (q, k, v))
+        # Memory-efficient kernels want the channels of a position together, which a norm of torch's leaves apart.
+        q, k, v = (x.t().contiguous()[None, None] for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v)[0, 0].t()
     shares = multiply(k.t() * k.shape[0] ** -0.5, q).softmax(0)
     return multiply(v, shares)
@@ -123,6 +146,19 @@ def _by_tap(weight: Tensor) -> bool:
 
 def _float32_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _convolve_over_time(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
+    """[1, C, T, H, W] with [K, C, kt, kh, kw]."""
+    if ASKS_CUDNN and x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16):
+        return _convolve_by_cudnn(x, weight, bias, stride)
+    return F.conv3d(x, weight, bias, stride)
+
+
+def _convolve_by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
+    out = torch.cudnn_convolution(x, weight, padding=(0, 0, 0), stride=stride, dilation=(1, 1, 1), groups=1,
+                                  benchmark=False, deterministic=False, allow_tf32=True)
+    return out if bias is None else out.add_(bias[:, None, None, None])
 
 
 # The pieces, on frames [T, C, H, W] with kernels [K, C, kh, kw].
@@ -152,13 +188,18 @@ def _convolve_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _convolve_stacked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A kernel in time over few channels: what its taps see are channels of one convolution in two dimensions."""
-    taps = weight.shape[2]
-    flat = weight.transpose(1, 2).flatten(1, 2)
+    channels, taps = weight.shape[1:3]
+    flat, frames = weight.transpose(1, 2).flatten(1, 2), x.shape[0] - taps + 1
+    if x.device.type != "cpu":
+        seen = empty(x, frames, STACKED, *x.shape[2:]).zero_()
+        for k in range(taps):
+            seen[:, k * channels:(k + 1) * channels] = x[k:k + frames]
+        return F.conv2d(seen, F.pad(flat, (0, 0, 0, 0, 0, STACKED - taps * channels)), bias)
 
     def compute(start: int, stop: int) -> Tensor:
         return F.conv2d(torch.cat([x[start + k:stop + k] for k in range(taps)], dim=1), flat, bias)
 
-    return _few_at_a_time(x.shape[0] - taps + 1, compute)
+    return _few_at_a_time(frames, compute)
 
 
 def _direct(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:

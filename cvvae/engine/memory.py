@@ -7,13 +7,14 @@ on the CPU (``benchmarks/memory.py``) at several sizes, widths and budgets.
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import psutil
 import torch
 
 from ..config import Config
 from ..frames import SPACE_FACTOR, frames_of
-from ..tiling import Tiling, parse_memory
+from ..tiling import Tiling, make_plan, parse_memory
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,10 @@ STRIP_BYTES_ELSEWHERE = 256 * 10 ** 6
 LOW_STRIP = 8  # rows; in lower ones the rows that neighbours share cost too much
 LOW_STRIP_PICTURE = 4  # rows; as many as Winograd's method makes at once
 LOWEST_STRIP = 2  # rows; where memory is short
-SHALLOW = 12  # strips, with their borders, that are in flight while everything needed again is kept; not on the CPU
-# There, by "encodes" and "is a picture": some layers where they are small, else so many bytes and a share of a layer, at
-# most so many bytes, because strips are no larger.
+# Strips, with their borders, that are in flight while everything needed again is kept; not on the CPU.
+SHALLOW_ENCODER, SHALLOW_DECODER = 4, 6
+# On the CPU, by "encodes" and "is a picture": some layers where they are small, else so many bytes and a share of a layer,
+# at most so many bytes, because strips are no larger.
 IN_FLIGHT_CPU = {(True, True): (4.0, 40 * 10 ** 6, 0.7, 160 * 10 ** 6),
                  (False, True): (5.0, 55 * 10 ** 6, 0.6, 125 * 10 ** 6),
                  (True, False): (5.0, 60 * 10 ** 6, 0.3, 300 * 10 ** 6),
@@ -42,6 +44,7 @@ SCRATCH = 160 * 10 ** 6  # kernels being folded, and what the libraries set asid
 KERNELS_ENCODER, KERNELS_DECODER = 3, 6  # copies of the largest kernel that this amounts to on the CPU
 FREE_SHARE = 0.8  # of what is free on a GPU; other programs draw there too
 FREE_SHARE_CPU = 0.5
+STILLS = 4  # pictures, or tiles of one, that a GPU computes together: of one it waits for Python to launch kernels
 SMALLEST_TILE = 128  # pixels; group norms and attention see too little in smaller ones
 
 
@@ -78,8 +81,12 @@ class Footprint:
                 in_flight *= HALF_ENCODER if self.encodes else HALF_DECODER
             kernels = KERNELS_ENCODER if self.encodes else KERNELS_DECODER
             return int(self.kept() + in_flight + kernels * 27 * self.deepest ** 2 * self.itemsize)
-        rows = min(self.height, self._rows_of(self._strip_bytes(), self._low()))
-        return self.kept() + SCRATCH + SHALLOW * (rows + 2) * self.row
+        return self._peak_elsewhere(self._strip_bytes())
+
+    def _peak_elsewhere(self, strip: int) -> int:
+        rows = min(self.height, self._rows_of(strip, self._low()))
+        shallow = SHALLOW_ENCODER if self.encodes else SHALLOW_DECODER
+        return self.kept() + SCRATCH + shallow * (rows + 2) * self.row
 
     def least(self) -> int:
         """Bytes below which computing strips again would cost more than smaller tiles do.
@@ -93,13 +100,18 @@ class Footprint:
         if memory is not None and self.device == "cpu":
             memory -= int(memory * HOLES)
         if memory is None or memory >= self.peak():
-            return self._rows, None
+            return partial(self._rows, self._strip_bytes()), None
+        if self.device != "cpu":
+            # Lower strips cost a GPU less than computing strips again does: a tenth of the time at a quarter of the height.
+            for strip in (self._strip_bytes() // part for part in (2, 4, 8)):
+                if memory >= self._peak_elsewhere(strip):
+                    return partial(self._rows, strip), None
         # As few rows in smaller layers too: there are many more of them, and what they hold adds up.
         rows = self._rows_of(min(self._strip_bytes(), memory // 250), LOWEST_STRIP)
         return lambda *_: rows, max(0, memory - self._deep(rows))
 
-    def _rows(self, frames: int, width: int, channels: int) -> int:
-        rows = self._strip(frames, width, self.channels, self._strip_bytes(), self._low())
+    def _rows(self, strip: int, frames: int, width: int, channels: int) -> int:
+        rows = self._strip(frames, width, self.channels, strip, self._low())
         if self.device == "cpu" and self.frames > 1 and channels <= NARROW:
             rows = min(rows, self._strip(frames, width, channels, STRIP_BYTES_CPU_NARROW, self._low()))
         return rows
@@ -133,6 +145,16 @@ def footprint(config: Config, encodes: bool, size: tuple[int, int, int], dtype: 
                      config.widths[-1], dtype.itemsize, device.type)
 
 
+def stills_at_once(config: Config, encodes: bool, size: tuple[int, int], dtype: torch.dtype, device: torch.device,
+                   memory: int | None) -> int:
+    """How many pictures, or tiles, of ``size`` = h, w latents are computed together within ``memory``."""
+    if device.type == "cpu":
+        return 1  # they would not fit its caches
+    one = footprint(config, encodes, (1, *size), dtype, device)
+    return next(count for count in range(STILLS, 0, -1)
+                if count == 1 or memory is None or dataclasses.replace(one, frames=count).peak() <= memory)
+
+
 def working_memory(config: Config, encodes: bool, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device,
                    tiling: Tiling) -> int:
     """Bytes on ``device`` beside weights and result, to encode or decode ``size`` = t, h, w latents as ``tiling`` says.
@@ -142,8 +164,14 @@ def working_memory(config: Config, encodes: bool, size: tuple[int, int, int], dt
     t, h, w = size
     t = min(t, tiling.window or t)
     side = tiling.tile_pixels // SPACE_FACTOR if tiling.tile_pixels else max(h, w)
-    tile = footprint(config, encodes, (t, min(h, side), min(w, side)), dtype, device).peak()
+    tile = footprint(config, encodes, (t, min(h, side), min(w, side)), dtype, device)
     memory = parse_memory(tiling.memory)
+    if t == 1:
+        tiles = len(make_plan(t, h, w, tiling).tiles)
+        limit = memory if isinstance(memory, int) else None
+        at_once = stills_at_once(config, encodes, (min(h, side), min(w, side)), dtype, device, limit)
+        tile = dataclasses.replace(tile, frames=min(tiles, at_once))
+    tile = tile.peak()
     window = 3 * frames_of(t) * h * w * SPACE_FACTOR ** 2 * torch.float32.itemsize
     return (min(tile, memory) if isinstance(memory, int) else tile) + window
 

@@ -1,12 +1,14 @@
-"""The two passes over activations that are not convolutions: into a convolution, and for a group norm's statistics.
+"""The passes over activations that are not convolutions: into one, behind one, and for a group norm's statistics.
 
-``EAGER`` runs them as torch's separate operations; ``compiled()`` has torch.compile make one kernel of each, which
-reads and writes an activation once instead of two to four times.  That takes a C++ compiler on the CPU, Triton on a
-GPU, and at the first use in a process the time to compile.
+They are torch's separate operations here, or what torch.compile makes of them: that reads and writes an activation
+once instead of two to four times, and takes a compiler and, at the first use in a process, time.  For CUDA there are
+kernels of our own, :mod:`.fused`.
 """
 
-from collections.abc import Callable, Iterator
-from functools import cache
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -15,20 +17,138 @@ from torch import Tensor
 
 from .arena import empty, layout_of
 
+log = logging.getLogger(__name__)
+
 CACHED = 2 ** 21  # bytes of frames that a CPU takes through all operations of a pass before the next ones
 
 
-class Passes(NamedTuple):
-    """activate: (x, scale, shift, out) writes SiLU(x * scale + shift).
+@dataclass(frozen=True)
+class Border:
+    """What a convolution's input gets around it: pixels and frames before and behind, and what they hold."""
 
-    sums: (x, pilot) -> sums of x - pilot along rows, and of its squares; float32.
+    space: tuple[int, int]
+    space_mode: str  # "zeros" | "replicate"
+    time: tuple[int, int] = (0, 0)
+    time_mode: str = "replicate"
+
+
+class Passes(NamedTuple):
+    """bordered: (pieces, start, stop, height, border, affine, out) writes rows ``start`` to ``stop`` of an activation of
+    ``height`` rows, which may lie outside it, with ``border`` into ``out``; through a norm's factors and summands and SiLU
+    where there is an ``affine``.  pieces: its rows, in order, as (first row, [T, C, rows, W]).
+
+    add: (x, y, bias, moments) adds y and bias, where there are, to x, and measures it where there are moments.
+    interleaved: (made, bias, first, out) writes the rows from ``first`` on of the picture twice as large whose pixels are
+    ``made`` [T, 4K, H + 1, W + 1], see kernels.phases.  None: up-sampling takes another way.
+    moments: by frame or not -> what measures an activation.
+    late_bias: biases are added behind convolutions, by ``add``.
     """
 
-    activate: Callable[[Tensor, Tensor, Tensor, Tensor], object]
-    sums: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    bordered: Callable[[Iterable[tuple[int, Tensor]], int, int, int, Border, tuple[Tensor, Tensor] | None, Tensor], None]
+    add: "Callable[[Tensor, Tensor | None, Tensor | None, Moments | None], None]"
+    interleaved: Callable[[Tensor, Tensor, int, Tensor], None] | None
+    moments: "Callable[[bool], Moments]"
+    late_bias: bool
 
 
-def _activate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+class Moments:
+    """Sums over rows, and over frames unless ``by_frame``, of an activation's channels, as strips come in."""
+
+    def __init__(self, by_frame: bool, sums: "Sums"):
+        self.dims = (2, 3) if by_frame else (0, 2, 3)
+        self.sums = sums
+        self.count = 0
+        self.pilot: Tensor | None = None
+
+    def add(self, strip: Tensor) -> None:
+        if self.pilot is None:
+            # Squares are summed around a first guess of the mean; around zero they would lose the digits that count.
+            self.pilot = strip.float().mean(self.dims, keepdim=True)
+            self.first = self.second = 0
+        first, second = self.sums(strip, self.pilot)
+        self.first = self.first + _exact(first).sum(self.dims, keepdim=True)
+        self.second = self.second + _exact(second).sum(self.dims, keepdim=True)
+        self.count += strip.numel() // self.pilot.numel()
+
+    def mean_and_square(self) -> tuple[Tensor, Tensor]:
+        """Mean of x and of x squared, [1 or T, C, 1, 1]."""
+        pilot = _exact(self.pilot)
+        first, second = self.first / self.count, self.second / self.count
+        return pilot + first, second + 2 * pilot * first + pilot.square()
+
+    def affine(self, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+        """A group norm as a factor and a summand for each channel (and frame), [1 or T, C, 1, 1], float32."""
+        return affine(*self.mean_and_square(), weight, bias, groups, eps)
+
+
+def affine(mean: Tensor, square: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The same of means of x and of x squared, [1 or T, C, 1, 1]."""
+    grouped = (mean.shape[0], groups, -1)
+    mean, square = (value.reshape(grouped).mean(-1, keepdim=True) for value in (mean, square))
+    scale = ((square - mean.square()).clamp(min=0) + eps).rsqrt()
+    scale = weight.to(scale).reshape(grouped[1:]) * scale
+    shift = bias.to(scale).reshape(grouped[1:]) - mean * scale
+    return tuple(value.flatten(1).float()[:, :, None, None] for value in (scale, shift))
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In double precision, where the device has it."""
+    return x if x.device.type == "mps" else x.double()
+
+
+Activate = Callable[[Tensor, Tensor, Tensor, Tensor], object]
+Sums = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _bordered(activate: Activate, pieces: Iterable[tuple[int, Tensor]], start: int, stop: int, height: int,
+              border: Border, affine: tuple[Tensor, Tensor] | None, out: Tensor) -> None:
+    left, front = border.space[0], border.time[0]
+    frames, width = out.shape[0] - sum(border.time), out.shape[3] - sum(border.space)
+    clip = out[front:front + frames]
+    for row, piece in pieces:
+        place = clip[:, :, row - start:row - start + piece.shape[2], left:left + width]
+        if affine is None:
+            place.copy_(piece)
+        else:
+            activate(piece, *affine, place)
+    top, bottom = max(start, 0) - start, min(stop, height) - start
+    _fill(clip[:, :, top:bottom], 3, left, left + width, border.space_mode)
+    _fill(clip, 2, top, bottom, border.space_mode)
+    _fill(out, 0, front, front + frames, border.time_mode)
+
+
+def _fill(x: Tensor, dim: int, start: int, stop: int, mode: str) -> None:
+    """Fill what of ``x`` lies before ``start`` and from ``stop`` on, along ``dim``."""
+    for place, edge in ((slice(0, start), start), (slice(stop, None), stop - 1)):
+        outside = x[(slice(None),) * dim + (place,)]
+        if outside.numel() == 0:
+            continue
+        if mode == "zeros":
+            outside.zero_()
+        else:
+            outside.copy_(x.narrow(dim, edge, 1).expand_as(outside))
+
+
+def _add(x: Tensor, y: Tensor | None, bias: Tensor | None, moments: Moments | None) -> None:
+    if y is not None:
+        x += y
+    if bias is not None:
+        x += bias[:, None, None]
+    if moments is not None:
+        moments.add(x)
+
+
+def interleaved(made: Tensor, bias: Tensor, first: int, out: Tensor) -> None:
+    frames, channels, rows, columns = out.shape
+    whole = empty(made, (frames, channels, 2 * made.shape[2], 2 * made.shape[3]), torch.channels_last)
+    places = whole.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+    phases = made.permute(0, 2, 3, 1).unflatten(3, (2, 2, channels)).permute(0, 1, 3, 2, 4, 5)
+    torch.add(phases, bias, out=places)
+    out.copy_(whole[:, :, first + 1:first + 1 + rows, 1:1 + columns])
+
+
+def activate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """SiLU(x * scale + shift) into ``out``."""
     for frames, times, plus, made in _in_parts(x, scale, shift, out):
         F.silu(torch.addcmul(plus, frames, times, out=made), inplace=True)
 
@@ -37,7 +157,8 @@ def _activate_at_once(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> N
     out.copy_(F.silu(x.float() * scale + shift))
 
 
-def _sums(x: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
+def sums(x: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of x - pilot along rows, and of its squares; float32."""
     # Written in the layout that is read: torch sums ten times slower from channels last to channels first.
     first, second = (empty(pilot, (*x.shape[:3], 1), layout_of(x)) for _ in range(2))
     for frames, minus, plain, squared in _in_parts(x, pilot, first, second):
@@ -58,9 +179,40 @@ def _in_parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(each.expand(x.shape[0], -1, -1, -1).split(count) for each in (x, *others)), strict=True)
 
 
-EAGER = Passes(_activate, _sums)
+def _passes(activate: Activate, sums: Sums, interleaves: bool) -> Passes:
+    return Passes(partial(_bordered, activate), _add, interleaved if interleaves else None, partial(Moments, sums=sums),
+                  late_bias=False)
+
+
+EAGER = _passes(activate, sums, interleaves=False)
+ELSEWHERE = _passes(activate, sums, interleaves=True)
 
 
 @cache
-def compiled() -> Passes:
-    return Passes(torch.compile(_activate_at_once, dynamic=True), torch.compile(_sums_at_once, dynamic=True))
+def _compiled() -> tuple[Activate, Sums]:
+    return torch.compile(_activate_at_once, dynamic=True), torch.compile(_sums_at_once, dynamic=True)
+
+
+def passes_for(device: torch.device, compiled: bool = False) -> Passes:
+    """What ``device`` does best; ``compiled`` has torch.compile make its kernels where we have none of our own."""
+    if device.type == "cuda" and can_fuse(device):
+        from .fused import FUSED
+
+        return FUSED
+    if compiled:
+        return _passes(*_compiled(), interleaves=device.type != "cpu")
+    return EAGER if device.type == "cpu" else ELSEWHERE
+
+
+@cache
+def can_fuse(device: torch.device) -> bool:
+    """Whether Triton is there and works; if not, the log says what is missing."""
+    try:
+        from .fused import try_out
+
+        try_out(device)
+    except Exception as error:  # Triton's own, a missing compiler's, a driver's
+        log.warning("CV-VAE runs without its fused kernels, which takes about twice as long: Triton cannot be used "
+                    "(%s: %s).", type(error).__name__, error)
+        return False
+    return True
