@@ -31,8 +31,8 @@ class Autoencoder(nn.Module):
     """An encoder and a decoder with their :class:`Config`; in eval mode as built.
 
     executor: what runs them where no gradient is needed: "fast" (:mod:`cvvae.engine`), "compiled" (the same with
-        torch.compile, which takes seconds to minutes at the first use and a compiler), or "plain", the modules
-        themselves.  All give the same numbers, to rounding.
+        torch.compile, which takes seconds to minutes at the first use and a compiler; not on a GPU where the engine has
+        kernels of its own), or "plain", the modules themselves.  All give the same numbers, to rounding.
     weights_of: where the engine gets a layer's weights; ComfyUI moves them around.
     """
 

@@ -2,12 +2,13 @@
 
 Read :mod:`.executor` first: the walk through the layers; :mod:`.activation` and :mod:`.store`: how their
 outputs are kept; :mod:`.kernels`, :mod:`.products` and :mod:`.winograd`: convolutions; :mod:`.passes` and, for
-CUDA, :mod:`.fused`: the rest;
-:mod:`.arena`: where the CPU's tensors lie; :mod:`.memory`: sizes.
+CUDA, :mod:`.fused`: the rest; :mod:`.arena`: where the CPU's tensors lie; :mod:`.memory`: sizes.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from ..frames import frames_of
@@ -56,7 +57,7 @@ def run(network: Encoder | Decoder, x: Tensor, stills: bool, memory: int | None,
         frames, height, width = frames if stills else frames_of(frames), 8 * height, 8 * width
     tile = Footprint(encodes, frames, height, width, channels, widest, network.mid.block_1.norm1.num_channels,
                      x.element_size(), x.device.type)
-    executor = Executor(*tile.plan(memory), stills, check, weights, statistics,
-                        passes_for(x.device, compiled))
-    with scratch():
+    # Triton launches kernels on the current device, wherever their tensors are.
+    with scratch(), torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+        executor = Executor(*tile.plan(memory), stills, check, weights, statistics, passes_for(x, compiled))
         return executor.encode(network, x) if encodes else executor.decode(network, x)

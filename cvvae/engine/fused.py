@@ -23,7 +23,7 @@ PARTS = 64  # of those that are added up at a time
 
 @triton.jit(do_not_specialize=["frames", "height", "width", "rows_out", "columns_out", "front", "top", "left", "factors"])
 def _bordered(x, out, scale, shift, frames, height, width, channels, x_frame, x_channel, x_row, x_column,
-              rows_out, columns_out, channels_out, out_frame, out_channel, out_row, out_column, front, top, left, factors,
+              rows_out, columns_out, out_frame, out_channel, out_row, out_column, front, top, left, factors,
               NORMALISED: tl.constexpr, BLACK_TIME: tl.constexpr, BLACK_SPACE: tl.constexpr,
               COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
     """A part of one row of ``out``, which begins ``front`` frames, ``top`` rows and ``left`` columns outside ``x``."""
@@ -50,7 +50,7 @@ def _bordered(x, out, scale, shift, frames, height, width, channels, x_frame, x_
         value = value.to(tl.float32) * times[None] + plus[None]
         value = tl.where(known, value / (1 + tl.exp(-value)), 0)
     place = out + frame * out_frame + row * out_row + column[:, None] * out_column + channel[None] * out_channel
-    tl.store(place, value.to(out.dtype.element_ty), (column < columns_out)[:, None] & (channel < channels_out)[None])
+    tl.store(place, value.to(out.dtype.element_ty), (column < columns_out)[:, None] & (channel < channels)[None])
 
 
 @triton.jit(do_not_specialize=["rows", "width", "first"])
@@ -160,7 +160,7 @@ def bordered(pieces: Iterable[tuple[int, Tensor]], start: int, stop: int, height
         place = out[:, :, first - start:last - start]
         frames, channels, rows, width = piece.shape
         _bordered[_grid(place)](
-            piece, place, scale, shift, frames, rows, width, channels, *piece.stride(), *place.shape[2:], place.shape[1],
+            piece, place, scale, shift, frames, rows, width, channels, *piece.stride(), *place.shape[2:],
             *place.stride(), border.time[0], row - first, border.space[0], channels if scale.shape[0] > 1 else 0,
             NORMALISED=affine is not None, BLACK_TIME=border.time_mode == "zeros", BLACK_SPACE=border.space_mode == "zeros",
             COLUMNS=COLUMNS, CHANNELS=CHANNELS, num_warps=WARPS)

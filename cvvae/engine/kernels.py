@@ -58,7 +58,7 @@ def for_stills(weight: Tensor, time_mode: str, front: int) -> Tensor:
 
 def prepared(weight: Tensor) -> Tensor:
     """A layer's kernel, laid out as :func:`convolve` reads it best."""
-    if weight.device.type != "cpu":
+    if weight.device.type == "cuda":
         return weight.contiguous(memory_format=torch.channels_last_3d)
     return products.packed(weight) if BY_PRODUCTS and _by_tap(weight) else weight
 

@@ -20,6 +20,7 @@ from .arena import empty, layout_of
 log = logging.getLogger(__name__)
 
 CACHED = 2 ** 21  # bytes of frames that a CPU takes through all operations of a pass before the next ones
+FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # others would lose digits: kernels compute in float32
 
 
 @dataclass(frozen=True)
@@ -32,29 +33,14 @@ class Border:
     time_mode: str = "replicate"
 
 
-class Passes(NamedTuple):
-    """bordered: (pieces, start, stop, height, border, affine, out) writes rows ``start`` to ``stop`` of an activation of
-    ``height`` rows, which may lie outside it, with ``border`` into ``out``; through a norm's factors and summands and SiLU
-    where there is an ``affine``.  pieces: its rows, in order, as (first row, [T, C, rows, W]).
-
-    add: (x, y, bias, moments) adds y and bias, where there are, to x, and measures it where there are moments.
-    interleaved: (made, bias, first, out) writes the rows from ``first`` on of the picture twice as large whose pixels are
-    ``made`` [T, 4K, H + 1, W + 1], see kernels.phases.  None: up-sampling takes another way.
-    moments: by frame or not -> what measures an activation.
-    late_bias: biases are added behind convolutions, by ``add``.
-    """
-
-    bordered: Callable[[Iterable[tuple[int, Tensor]], int, int, int, Border, tuple[Tensor, Tensor] | None, Tensor], None]
-    add: "Callable[[Tensor, Tensor | None, Tensor | None, Moments | None], None]"
-    interleaved: Callable[[Tensor, Tensor, int, Tensor], None] | None
-    moments: "Callable[[bool], Moments]"
-    late_bias: bool
+Activate = Callable[[Tensor, Tensor, Tensor, Tensor], object]
+Sums = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Moments:
     """Sums over rows, and over frames unless ``by_frame``, of an activation's channels, as strips come in."""
 
-    def __init__(self, by_frame: bool, sums: "Sums"):
+    def __init__(self, by_frame: bool, sums: Sums):
         self.dims = (2, 3) if by_frame else (0, 2, 3)
         self.sums = sums
         self.count = 0
@@ -96,8 +82,23 @@ def _exact(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
-Activate = Callable[[Tensor, Tensor, Tensor, Tensor], object]
-Sums = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+class Passes(NamedTuple):
+    """bordered: (pieces, start, stop, height, border, affine, out) writes rows ``start`` to ``stop`` of an activation of
+    ``height`` rows, which may lie outside it, with ``border`` into ``out``; through a norm's factors and summands and SiLU
+    where there is an ``affine``.  pieces: its rows, in order, as (first row, [T, C, rows, W]).
+
+    add: (x, y, bias, moments) adds y and bias, where there are, to x, and measures it where there are moments.
+    interleaved: (made, bias, first, out) writes the rows from ``first`` on of the picture twice as large whose pixels are
+    ``made`` [T, 4K, H + 1, W + 1], see kernels.phases.  None: up-sampling takes another way.
+    moments: by frame or not -> what measures an activation.
+    late_bias: biases are added behind convolutions, by ``add``.
+    """
+
+    bordered: Callable[[Iterable[tuple[int, Tensor]], int, int, int, Border, tuple[Tensor, Tensor] | None, Tensor], None]
+    add: Callable[[Tensor, Tensor | None, Tensor | None, Moments | None], None]
+    interleaved: Callable[[Tensor, Tensor, int, Tensor], None] | None
+    moments: Callable[[bool], Moments]
+    late_bias: bool
 
 
 def _bordered(activate: Activate, pieces: Iterable[tuple[int, Tensor]], start: int, stop: int, height: int,
@@ -193,15 +194,15 @@ def _compiled() -> tuple[Activate, Sums]:
     return torch.compile(_activate_at_once, dynamic=True), torch.compile(_sums_at_once, dynamic=True)
 
 
-def passes_for(device: torch.device, compiled: bool = False) -> Passes:
-    """What ``device`` does best; ``compiled`` has torch.compile make its kernels where we have none of our own."""
-    if device.type == "cuda" and can_fuse(device):
+def passes_for(x: Tensor, compiled: bool = False) -> Passes:
+    """What does best where ``x`` is; ``compiled`` has torch.compile make its kernels where we have none of our own."""
+    if x.device.type == "cuda" and x.dtype in FUSED_DTYPES and can_fuse(x.device):
         from .fused import FUSED
 
         return FUSED
     if compiled:
-        return _passes(*_compiled(), interleaves=device.type != "cpu")
-    return EAGER if device.type == "cpu" else ELSEWHERE
+        return _passes(*_compiled(), interleaves=x.device.type != "cpu")
+    return EAGER if x.device.type == "cpu" else ELSEWHERE
 
 
 @cache
@@ -211,8 +212,10 @@ def can_fuse(device: torch.device) -> bool:
         from .fused import try_out
 
         try_out(device)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # Triton's own, a missing compiler's, a driver's
-        log.warning("CV-VAE runs without its fused kernels, which takes about twice as long: Triton cannot be used "
-                    "(%s: %s).", type(error).__name__, error)
+        log.warning("CV-VAE runs without its fused kernels, which takes two to three times as long: Triton, on Windows the "
+                    "package triton-windows, cannot be used (%s: %s).", type(error).__name__, error)
         return False
     return True

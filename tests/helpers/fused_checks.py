@@ -117,7 +117,7 @@ def test_engine(variant, frames, side, memory, monkeypatch):
     latents = vae.encode(clip).mean
     decoded = vae.decode(latents)
     vae.executor = "fast"
-    monkeypatch.setattr(engine, "passes_for", lambda device, compiled: fused.FUSED)
+    monkeypatch.setattr(engine, "passes_for", lambda x, compiled: fused.FUSED)
     # Norms over the few values of small pictures make much of roundings, the definition's as well as these.
     if frames == 1 or not STEP_BY_STEP:
         assert distance(vae.encode(clip).mean, latents) < 1e-4
