@@ -14,14 +14,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+# ComfyUI's Python does not have this package; behind its own folders, because nodes/ would hide ComfyUI's nodes.py.
+sys.path.append(str(Path(__file__).parents[1]))
+
 import torch
-from cases import Case, add_device_option, make_parser, parse_count, parse_size
+from cases import DTYPES, Case, add_device_option, add_widths_option, make_parser, parse_count, parse_size
 from machine import PeakMemory, Row, interleave, megabytes, publish, seconds_text
 from reference import CHANNELS, ours
 from torch import Tensor, nn
 
-DTYPES = ("float16", "bfloat16", "float32")
 LATENT_CHANNELS = 16  # of every other model here
+NEWEST = "comfy/ldm/cogvideo/vae.py"  # of ComfyUI's decoders
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -33,10 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         default=[parse_size("17x576x1024"), parse_size("1x1024x1024")])
     parser.add_argument("--rounds", type=parse_count, default=5, help="timed calls of each, after one that is not timed")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and computation")
+    add_widths_option(parser)
     add_device_option(parser)
     options = parser.parse_args(arguments)
     dtype = getattr(torch, options.dtype)
-    decoders = {f"CV-VAE {variant}": (channels, ours(variant, device=options.device, dtype=dtype).decode)
+    decoders = {f"CV-VAE {variant}": (channels, ours(variant, options.widths, options.device, dtype).decode)
                 for variant, channels in CHANNELS.items()}
     decoders |= {name: (LATENT_CHANNELS, decode) for name, decode in others(options.comfyui, options.device, dtype).items()}
     rows, measurements = [], []
@@ -103,8 +107,8 @@ def row(measurement: dict) -> Row:
 
 
 def _host(text: str) -> Path:
-    if not (Path(text) / "comfy" / "ldm" / "wan" / "vae.py").is_file():
-        raise argparse.ArgumentTypeError(f"{text} is not a ComfyUI that knows Wan: it has no comfy/ldm/wan/vae.py.")
+    if not (Path(text) / NEWEST).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is not a ComfyUI that knows all of these decoders: it has no {NEWEST}.")
     return Path(text)
 
 
