@@ -56,6 +56,7 @@ def _bordered(x, out, scale, shift, frames, height, width, channels, x_frame, x_
 @triton.jit(do_not_specialize=["rows", "width", "first"])
 def _interleaved(made, bias, out, rows, width, channels, made_frame, made_channel, made_row, made_column,
                  out_frame, out_channel, out_row, out_column, first, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
+    """A part of one row of ``out``, each pixel from its phase of ``made``, and bias."""
     line = tl.program_id(0)
     frame, row = (line // rows).to(tl.int64), (line % rows).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -74,8 +75,8 @@ def _interleaved(made, bias, out, rows, width, channels, made_frame, made_channe
 def _finished(x, y, bias, parts, rows, width, channels, programs, x_frame, x_channel, x_row, x_column,
               y_frame, y_channel, y_row, y_column, BIASED: tl.constexpr, ADDED: tl.constexpr, MEASURED: tl.constexpr,
               PIXELS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Adds to PIXELS pixels of a frame of ``x``; and how many there are, their mean and the squares around it, float32,
-    go into parts [T, programs, 3, C]."""
+    """Adds bias and ``y`` to PIXELS pixels of a frame of ``x``; and how many these are, their mean and the squares around
+    it go into parts [T, programs, 3, C], float32."""
     line = tl.program_id(0)
     frame, number = (line // programs).to(tl.int64), line % programs
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -115,7 +116,7 @@ def _finished(x, y, bias, parts, rows, width, channels, programs, x_frame, x_cha
     if MEASURED:
         mean, square = tl.sum(first, 0) / count, tl.sum(second, 0)
         place = parts + (frame * programs + number) * 3 * channels + channel
-        tl.store(place, count + guess * 0, channel < channels)
+        tl.store(place, tl.zeros([CHANNELS], tl.float32) + count, channel < channels)
         tl.store(place + channels, guess + mean, channel < channels)
         tl.store(place + 2 * channels, square - mean * mean * count, channel < channels)
 
