@@ -278,8 +278,9 @@ class TestKernels:
 
     @pytest.mark.parametrize("taps", [1, 3])
     @pytest.mark.parametrize("channels", [4, 64])
-    def test_upsampled_is_nearest_then_convolution(self, taps, channels, cpu):
-        x, weight, bias = noise(4, channels, 5, 6), noise(3, channels, taps, 3, 3) / channels ** 0.5, noise(3)
+    @pytest.mark.parametrize("width", [1, 6, 7])
+    def test_upsampled_is_nearest_then_convolution(self, width, taps, channels, cpu):
+        x, weight, bias = noise(4, channels, 5, width), noise(3, channels, taps, 3, 3) / channels ** 0.5, noise(3)
         large = nn.functional.interpolate(x, scale_factor=2, mode="nearest").transpose(0, 1)[None]
         expected = nn.functional.conv3d(large.double(), weight.double(), bias.double(), padding=(0, 1, 1))
         padded = nn.functional.pad(x, (1, 1, 1, 1))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import arena, products
-from .winograd import COLUMNS, ROWS, TIME, Product, doubled, filtered, halved
+from .winograd import COLUMNS, ROWS, TIME, Product, doubled, doubled_by_pairs, filtered, halved
 
 FEW = 4  # frames that the libraries convolve at a time: what they give stays in the caches, and little of it in the heap
 SCORES, SCORES_ELSEWHERE = 2 ** 21, 2 ** 27  # values that queries make with keys at a time, on the CPU and elsewhere
@@ -101,7 +101,7 @@ def convolve_upsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Computed over the small picture, of which one pixel on each side is border.
     """
     along_rows = doubled if _by_tap(weight) else halved
-    along_columns = doubled if _by_tap(weight) and BY_PRODUCTS else halved
+    along_columns = doubled_by_pairs if _by_tap(weight) and BY_PRODUCTS else halved
 
     def columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return along_columns(x, weight, bias, COLUMNS, convolve)

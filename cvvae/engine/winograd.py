@@ -107,6 +107,31 @@ def doubled(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, product: 
     return out
 
 
+def doubled_by_pairs(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, product: Product) -> Tensor:
+    """The same by five products for two pixels instead of six.
+
+    Around every second pixel lie four outputs: the odd one of the pixel before, its own two, the even one of the next.
+    What it gives under the whole filter is common to all four.
+    """
+    first, middle, last = weight.split(1, dim=axis + 1)
+    count = x.shape[axis] - 2
+    pairs = (count + 1) // 2  # the last may reach beyond
+    channels = weight.shape[0]
+    before, at, behind = (_every(x, k, 2, 2 * pairs, axis) for k in range(3))
+    common = product(at, first + middle + last, bias)
+    steps = product(_difference(at, before), torch.cat([first + middle, first]), None)
+    out, places = _interleaved(common, 4, axis, 1 - count % 2)
+    for place, made in zip(places[:2], steps.split(channels, 1), strict=True):
+        torch.sub(common, made, out=place)
+    steps = product(_difference(behind, at), torch.cat([last, middle + last]), None)
+    for place, made in zip(places[2:], steps.split(channels, 1), strict=True):
+        torch.add(common, made, out=place)
+    if count % 2 == 0:
+        end = product(x.narrow(axis, count, 1), first + middle, bias)
+        out.narrow(axis, 2 * count, 1).copy_(end.add_(product(x.narrow(axis, count + 1, 1), last, None)))
+    return out.narrow(axis, 1, 2 * count)
+
+
 def halved(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, product: Product) -> Tensor:
     """The same by four products, of 2-tap filters: what lies under two taps gets their sum."""
     first, middle, last = weight.split(1, dim=axis + 1)
@@ -136,12 +161,14 @@ def _every(x: Tensor, start: int, step: int, count: int, axis: int) -> Tensor:
     return x[tuple(picked)]
 
 
-def _interleaved(like: Tensor, count: int, axis: int) -> tuple[Tensor, list[Tensor]]:
-    """Room for ``count`` outputs by turns along ``axis``, each of the shape of ``like``; and each one's share of it."""
+def _interleaved(like: Tensor, count: int, axis: int, more: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """Room for ``count`` outputs by turns along ``axis``, each of the shape of ``like``, and ``more`` behind them; and
+    each one's share of it."""
     shape = list(like.shape)
-    shape[axis] *= count
+    turns = shape[axis] * count
+    shape[axis] = turns + more
     out = empty_like(like, shape)
-    return out, _by_turns(out, count, axis)
+    return out, _by_turns(out.narrow(axis, 0, turns), count, axis)
 
 
 def _by_turns(x: Tensor, count: int, axis: int) -> list[Tensor]:
