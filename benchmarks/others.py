@@ -8,7 +8,6 @@ Run it with ComfyUI's Python.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import torch
 from cases import DTYPES, Case, add_device_option, add_widths_option, make_parser, parse_count, parse_size
 from machine import PeakMemory, Row, interleave, megabytes, publish, seconds_text
-from reference import CHANNELS, ours
+from reference import CHANNELS, drawn, ours
 from torch import Tensor, nn
 
 LATENT_CHANNELS = 16  # of every other model here
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in options.cases:
         found = measure(decoders, Case("decode", "sd3", *size), options)
         measurements += found
-        rows += [row(measurement) for measurement in found]
+        rows += [row(str(size), measurement) for measurement in found]
     publish("others", "Decoding, beside other public 4x8x8 decoders", options, rows, measurements)
 
 
@@ -67,16 +66,10 @@ def others(host: Path, device: str, dtype: torch.dtype) -> dict[str, Decode]:
     cogvideox = comfy.ldm.cogvideo.vae.AutoencoderKLCogVideoX(latent_channels=LATENT_CHANNELS)
     taehv = comfy.taesd.taehv.TAEHV(latent_channels=LATENT_CHANNELS)
     models = {"Wan 2.1": wan, "CogVideoX": cogvideox, "TAEHV": taehv}
-    return {name: partial(decode, drawn(model, device, dtype)) for name, model in models.items()}
-
-
-def drawn(model: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
-    """ComfyUI's layers come without values."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        scale = 1 / math.sqrt(math.prod(parameter.shape[1:])) if parameter.ndim > 1 else 0.1
-        parameter.data = torch.randn(parameter.shape, generator=generator) * scale
-    return model.to(device, dtype).requires_grad_(False).eval()
+    for model in models.values():
+        model.load_state_dict(drawn(model), assign=True)  # ComfyUI's layers come without values
+        model.to(device, dtype).requires_grad_(False).eval()
+    return {name: partial(decode, model) for name, model in models.items()}
 
 
 @torch.no_grad()
@@ -100,8 +93,7 @@ def measure(decoders: dict[str, tuple[int, Decode]], case: Case, options: argpar
     return [{"decoder": name, **case.describe(), "seconds": seconds[name], "peak_bytes": peaks[name]} for name in calls]
 
 
-def row(measurement: dict) -> Row:
-    size = Case(**{key: measurement[key] for key in Case.__dataclass_fields__}).size
+def row(size: str, measurement: dict) -> Row:
     return {"decoder": measurement["decoder"], "clip": size, "time": seconds_text(measurement["seconds"]),
             "peak memory": megabytes(measurement["peak_bytes"])}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..model import Decoder, Downsample, Encoder, Padding, ResnetBlock, SpatialAttention, Upsample
 from . import kernels
 from .activation import Activation, Compute, Statistics, settle
-from .passes import EAGER, Border, Moments, Passes, affine
+from .passes import EAGER, Border, Moments, Passes, affine_of
 from .store import Store
 
 Weights = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
@@ -216,7 +216,7 @@ class Executor:
             return x.moments.affine(weight, bias, norm.num_groups, norm.eps)
         mean, square = self.statistics.exchange(self.norms, x.moments)
         self.norms += 1
-        return affine(mean, square, weight, bias, norm.num_groups, norm.eps)
+        return affine_of(mean, square, weight, bias, norm.num_groups, norm.eps)
 
     def _bordered(self, x: Activation, start: int, stop: int, border: Border,
                   affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -269,4 +269,3 @@ class Executor:
         whole = x.like.new_empty(1, channels, frames, height, width)
         settle([made], [x], self.store, self.check, result=whole[0].transpose(0, 1))
         return whole
-

@@ -3,6 +3,7 @@
 Activations are [T, C, H, W], kernels [K, C, kt, kh, kw]; padding is in the input already.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import arena, products
-from .winograd import COLUMNS, ROWS, TIME, Product, doubled, doubled_by_pairs, filtered, halved
+from .winograd import COLUMNS, ROWS, TIME, Product, doubled, doubled_by_pairs, filtered, halved, halves
 
 FEW = 4  # frames that the libraries convolve at a time: what they give stays in the caches, and little of it in the heap
 SCORES, SCORES_ELSEWHERE = 2 ** 21, 2 ** 27  # values that queries make with keys at a time, on the CPU and elsewhere
@@ -71,8 +72,8 @@ def phases(weight: Tensor) -> Tensor:
     (row, column) as channels.
     """
     for axis in (-1, -2):
-        first, middle, last = weight.split(1, dim=axis)
-        weight = torch.stack([torch.cat([first + middle, last], axis), torch.cat([first, middle + last], axis)])
+        even, odd = halves(weight, axis)
+        weight = torch.stack([odd, even])
     return weight.flatten(0, 2)
 
 
@@ -82,7 +83,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, 
     if not _by_tap(weight):
         if weight.shape[2] == 1:
             return F.conv2d(x, weight[:, :, 0], bias, space)
-        if stride == (1, 1) and (_float32_on_cpu(weight) or 3 * weight.shape[1] <= STACKED and x.device.type != "cpu"):
+        few = x.device.type != "cpu" and math.prod(weight.shape[1:3]) <= STACKED
+        if stride == (1, 1) and (few or _float32_on_cpu(weight)):
             return _convolve_stacked(x, weight, bias)
         return _convolve_over_time(x.transpose(0, 1)[None], weight, bias, (time, space, space))[0].transpose(0, 1)
     taps = weight.unbind(2)

@@ -64,10 +64,10 @@ class Moments:
 
     def affine(self, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
         """A group norm as a factor and a summand for each channel (and frame), [1 or T, C, 1, 1], float32."""
-        return affine(*self.mean_and_square(), weight, bias, groups, eps)
+        return affine_of(*self.mean_and_square(), weight, bias, groups, eps)
 
 
-def affine(mean: Tensor, square: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+def affine_of(mean: Tensor, square: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """The same of means of x and of x squared, [1 or T, C, 1, 1]."""
     grouped = (mean.shape[0], groups, -1)
     mean, square = (value.reshape(grouped).mean(-1, keepdim=True) for value in (mean, square))
@@ -140,6 +140,7 @@ def _add(x: Tensor, y: Tensor | None, bias: Tensor | None, moments: Moments | No
 
 
 def interleaved(made: Tensor, bias: Tensor, first: int, out: Tensor) -> None:
+    """See :class:`Passes`."""
     frames, channels, rows, columns = out.shape
     whole = empty(made, (frames, channels, 2 * made.shape[2], 2 * made.shape[3]), torch.channels_last)
     places = whole.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))

@@ -134,14 +134,20 @@ def doubled_by_pairs(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, 
 
 def halved(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, product: Product) -> Tensor:
     """The same by four products, of 2-tap filters: what lies under two taps gets their sum."""
-    first, middle, last = weight.split(1, dim=axis + 1)
+    even_taps, odd_taps = halves(weight, axis + 1)
     count = x.shape[axis] - 1
-    before = product(x.narrow(axis, 0, count), torch.cat([first, middle + last], axis + 1), bias)
-    behind = product(x.narrow(axis, 1, count), torch.cat([first + middle, last], axis + 1), bias)
+    before = product(x.narrow(axis, 0, count), even_taps, bias)
+    behind = product(x.narrow(axis, 1, count), odd_taps, bias)
     out, (even, odd) = _interleaved(before, 2, axis)
     even.copy_(before)
     odd.copy_(behind)
     return out
+
+
+def halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """What even and odd outputs of nearest 2x up-sampling see of a 3-tap filter along ``dim``: 2-tap filters."""
+    first, middle, last = weight.split(1, dim)
+    return torch.cat([first, middle + last], dim), torch.cat([first + middle, last], dim)
 
 
 def _sum(a: Tensor, b: Tensor, factor: float = 1) -> Tensor:
