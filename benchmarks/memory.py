@@ -18,7 +18,7 @@ from reference import config, distance
 
 import cvvae
 from cvvae import engine
-from cvvae.frames import latent_side, latents_of
+from cvvae.frames import latent_side, latents_of, pictures_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,8 +56,11 @@ def estimate(name: str, case: Case, options: argparse.Namespace, budget: int | s
     size = latents_of(case.frames), latent_side(case.height), latent_side(case.width)
     dtype, encodes = getattr(torch, options.dtype), case.operation == "encode"
     made = 0 if encodes else 3 * case.batch * case.frames * case.height * case.width * dtype.itemsize
-    return made + engine.working_memory(config(case.variant, options.widths), encodes, size, dtype,
-                                        torch.device(options.device), cvvae.Tiling(memory=budget))
+    with torch.device("meta"):
+        vae = cvvae.VideoVAE(config(case.variant, options.widths))
+    folded = engine.folded_bytes(vae.encoder if encodes else vae.decoder, dtype)
+    return made + engine.working_memory(vae.config, encodes, size, pictures_of("video", case.batch, size[0]), dtype,
+                                        torch.device(options.device), cvvae.Tiling(memory=budget), folded)
 
 
 def row(size: str, measurement: dict) -> Row:

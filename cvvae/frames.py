@@ -41,3 +41,8 @@ def latent_side(pixels: int) -> int:
 def padded_size(pixels: int) -> int:
     """``pixels`` rounded up to the next multiple of 8."""
     return latent_side(pixels) * SPACE_FACTOR
+
+
+def pictures_of(mode: str, clips: int, latents: int) -> int | None:
+    """How many independent pictures ``clips`` of ``latents`` are; None if they are none.  A clip of one frame is one."""
+    return clips * latents if mode == "image" or latents == 1 else None

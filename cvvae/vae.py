@@ -1,6 +1,7 @@
 """The autoencoders people use: encode and decode whole clips, window by window and tile by tile."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from numbers import Integral
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from . import engine
 from .config import Config
-from .frames import SPACE_FACTOR, frames_of, latent_side, latents_of, padded_frames, padded_size
+from .frames import SPACE_FACTOR, frames_of, latent_side, latents_of, padded_frames, padded_size, pictures_of
 from .model import Decoder, Encoder
 from .posterior import Posterior
-from .tiling import WHOLE, Tile, Tiling, make_plan
+from .tiling import WHOLE, Span, Tile, Tiling, make_plan
 from .transfer import fetched, sent
 
 MODES = ("video", "image")
@@ -57,12 +58,13 @@ class Autoencoder(nn.Module):
         return next(self.parameters()).dtype
 
     def _compute(self, network: nn.Module, x: Tensor, stills: bool, memory: int | None = None, check: Check = nothing,
-                 statistics: engine.Statistics | None = None) -> Tensor:
+                 statistics: engine.Statistics | None = None, folded: engine.Folded | None = None) -> Tensor:
         """Run ``network`` on [1, C, T, H, W]: a clip, or T independent images ("stills")."""
         if self.executor not in EXECUTORS:
             raise ValueError(f"executor is {self.executor!r}; it must be one of {', '.join(map(repr, EXECUTORS))}.")
         if self.executor != "plain" and engine.knows(network):
-            return engine.run(network, x, stills, memory, check, self.weights_of, statistics, self.executor == "compiled")
+            return engine.run(network, x, stills, memory, check, self.weights_of, statistics, self.executor == "compiled",
+                              folded)
         check()
         return torch.cat([network(part) for part in x.split(1, dim=2)], dim=2) if stills else network(x)
 
@@ -124,12 +126,8 @@ class VideoVAE(Autoencoder):
         h, w = latent_side(height), latent_side(width)
         t = latents_of(frames) if mode == "video" else frames
         moments = torch.empty(batch, 2 * self.config.latent_channels, t, h, w, dtype=self.dtype, device=clip.device)
-        run = Run(self, self.encoder, tiling or self.tiling, (t if mode == "video" else 1, h, w), device, check)
-        clips = batch * (1 if mode == "video" else frames)
-        step = _counter(progress, clips * len(run.plan) * run.passes)
-        for source, target in _clips(clip, moments, mode):
-            windows = [(source[:, :, window.frames()], window.before) for window in run.plan.windows]
-            _fill(target, fetched(run.pieces(windows, step), target.device, target.dtype))
+        run = Run(self, self.encoder, tiling or self.tiling, (t, h, w), device, check, pictures_of(mode, batch, t))
+        run.fill(moments, clip, frames, progress)
         return Posterior(moments)
 
     @torch.no_grad()
@@ -157,13 +155,8 @@ class VideoVAE(Autoencoder):
             raise ValueError(f"size={size} asked, but latents of {h}x{w} hold {h * SPACE_FACTOR}x{w * SPACE_FACTOR} "
                              "pixels; a size within 7 pixels below that can be trimmed to.")
         clip = torch.empty(batch, 3, frames, height, width, dtype=self.dtype, device=latents.device)
-        run = Run(self, self.decoder, tiling or self.tiling, (t if mode == "video" else 1, h, w), device, check)
-        needed = [window for window in run.plan.windows if window.frames().start + (window.before > 0) < frames]
-        clips = batch * (1 if mode == "video" else frames)
-        step = _counter(progress, clips * len(needed) * len(run.plan.tiles) * run.passes)
-        for source, target in _clips(latents, clip, mode):
-            windows = [(source[:, :, window.latents()], window.before) for window in needed]
-            _fill(target, fetched(run.pieces(windows, step), target.device, target.dtype))
+        run = Run(self, self.decoder, tiling or self.tiling, (t, h, w), device, check, pictures_of(mode, batch, t))
+        run.fill(clip, latents, frames, progress)
         return clip
 
     def reconstruct(self, clip: Tensor, mode: str = "video") -> Tensor:
@@ -185,7 +178,9 @@ class VideoVAE(Autoencoder):
         windows = _windows(parts, window, shared, 3, "a part of a clip [1, 3, n, H, W]", "The clip has no frames.")
         shape, device, windows = _first_of(windows)
         _check_size(*shape[-2:])
-        run = Run(self, self.encoder, self.tiling, (latents_of(shape[2]), *map(latent_side, shape[-2:])), None, check)
+        t = latents_of(shape[2])
+        size = t, *map(latent_side, shape[-2:])
+        run = Run(self, self.encoder, self.tiling, size, None, check, pictures_of("video", 1, t))
         moments = run.pieces(windows, progress or nothing)
         yield from fetched((Posterior(part).mode() for part in moments), device, self.dtype)
 
@@ -201,34 +196,70 @@ class VideoVAE(Autoencoder):
         windows = _windows(parts, window, shared, channels, f"a part of latents [1, {channels}, k, h, w]",
                            "There are no latents to decode.")
         shape, device, windows = _first_of(windows)
-        run = Run(self, self.decoder, self.tiling, tuple(shape[2:]), None, check)
+        run = Run(self, self.decoder, self.tiling, tuple(shape[2:]), None, check, pictures_of("video", 1, shape[2]))
         yield from fetched(run.pieces(windows, progress or nothing), device, self.dtype)
 
 
 class Run:
-    """A clip's way through the encoder or the decoder, window by window.
+    """A clip's way through the encoder or the decoder, window by window; or that of independent pictures.
 
     size: t, h, w in latents of the clip, or of a window where the clip's length is not known yet.
+    pictures: how many independent ones it is, where it is no clip.
     """
 
     def __init__(self, vae: VideoVAE, network: nn.Module, tiling: Tiling | None, size: tuple[int, int, int],
-                 device: torch.device | None, check: Check):
+                 device: torch.device | None, check: Check, pictures: int | None):
         self.vae, self.network, self.device, self.check = vae, network, device or vae.device, check
         self.encodes = network is vae.encoder
+        self.stills = pictures is not None
         tiling = tiling or WHOLE
-        window = (min(size[0], tiling.window or size[0]), *size[1:])
+        if self.stills and tiling.statistics == "clip":
+            tiling = replace(tiling, statistics="window")  # each picture is a clip of one
+        of_clip = (1 if self.stills else size[0], *size[1:])
         self.memory = None
-        if vae.executor != "plain" and engine.knows(network):
+        fast = vae.executor != "plain" and engine.knows(network)
+        if fast:
+            window = (min(of_clip[0], tiling.window or of_clip[0]), *size[1:])
             self.memory = engine.budget(tiling.memory, self.device)
             tiling = engine.fitting(tiling, self.memory, vae.config, self.encodes, window, vae.dtype, self.device)
         self.tiling = tiling
-        self.plan = make_plan(*size, tiling)
+        self.plan = make_plan(*of_clip, tiling)
+        self.together, self.folded = engine.Together(1, 1, 0), None
+        if fast and self.stills:
+            self.together = engine.together(vae.config, self.encodes, pictures, self.plan.tiles, self.passes > 1, vae.dtype,
+                                            self.device, self.memory, engine.folded_bytes(network, vae.dtype))
+        if self.together.folded:
+            # For as long as this run, in which the weights stay as they are.
+            self.folded = {}
+            self.memory = self.memory and self.memory - self.together.folded
 
     @property
     def passes(self) -> int:
         """How often each tile is computed: twice where statistics are shared with others."""
         shared = {"tile": 1, "window": len(self.plan.tiles), "clip": len(self.plan)}[self.tiling.statistics]
         return 2 if shared > 1 else 1
+
+    def fill(self, target: Tensor, source: Tensor, frames: int, progress: Progress | None) -> None:
+        """``target`` [B, C, T, H, W] from ``source``, as far as ``frames`` of each clip need it."""
+        if self.stills:
+            self._fill_pictures(target, source[:, :, :frames], progress)
+            return
+        cut = Span.frames if self.encodes else Span.latents
+        needed = [window for window in self.plan.windows if window.frames().start + (window.before > 0) < frames]
+        step = _counter(progress, source.shape[0] * len(needed) * len(self.plan.tiles) * self.passes)
+        for clip, place in zip(source.split(1), target.split(1), strict=True):
+            windows = [(clip[:, :, cut(window)], window.before) for window in needed]
+            _fill(place, fetched(self.pieces(windows, step), target.device, target.dtype))
+
+    def _fill_pictures(self, target: Tensor, source: Tensor, progress: Progress | None) -> None:
+        sources, places = ([picture for clip in x for picture in clip.unbind(1)] for x in (source, target))
+        size = self.together.pictures
+        groups = [sources[start:start + size] for start in range(0, len(sources), size)]
+        step = _counter(progress, len(groups) * len(self.plan.tiles) * self.passes)
+        windows = ((torch.stack(group, dim=1)[None], 0) for group in groups)
+        pieces = fetched(self.pieces(windows, step), target.device, target.dtype)
+        for place, made in zip(places, chain.from_iterable(piece[0].unbind(1) for piece in pieces), strict=True):
+            place.copy_(made[:, :place.shape[1], :place.shape[2]])
 
     def pieces(self, windows: Iterable[tuple[Tensor, int]], step: Callable[[], None]) -> Iterator[Tensor]:
         """Moments or frames in order, as windows are done; ``windows`` are inputs with the latents shared with the last.
@@ -244,7 +275,8 @@ class Run:
             for x, _ in sent(windows, self.device, self.vae.dtype):
                 self._window(x, statistics, step)
             statistics.pool()
-        keep = self.tiling.shared if self.encodes else frames_of(self.tiling.shared)
+        shared = 1 if self.stills else self.tiling.shared
+        keep = shared if self.encodes else frames_of(shared)
         held = None
         for x, before in sent(windows, self.device, self.vae.dtype):
             piece = self._window(x, statistics, step)
@@ -267,7 +299,7 @@ class Run:
     @torch.no_grad()  # here, because around a generator it would hold what was yielded last
     def _window(self, x: Tensor, statistics: engine.Statistics | None, step: Callable[[], None]) -> Tensor:
         if self.encodes:
-            x = _pad_to_8(_pad_time(x))
+            x = _pad_to_8(x if self.stills else _pad_time(x))
         if statistics is None and self.tiling.statistics == "window" and len(self.plan.tiles) > 1:
             statistics = engine.Statistics()
             for tile in self.plan.tiles:
@@ -276,37 +308,32 @@ class Run:
             statistics.pool()
         scale = 1 if self.encodes else SPACE_FACTOR
         # No closure: an error's frames keep theirs, and with it the window, for as long as the error is kept.
-        whole = _join(self._together(x, statistics), scale, partial(self._tiles, x, statistics), step)
+        whole = _join(self._groups(), scale, partial(self._tiles, x, statistics), step)
         if self.vae.dtype == torch.float16 and not whole.isfinite().all() and x.isfinite().all():
             raise FloatingPointError(f"{'Encoding' if self.encodes else 'Decoding'} in float16 gave values that are not "
                                      "finite: these weights need a wider range. Load the model in bfloat16 or float32.")
         return whole
 
-    def _together(self, x: Tensor, statistics: engine.Statistics | None) -> list[list[Tile]]:
-        """Tiles in groups that are computed at once: equal ones of a picture, which are as many stills."""
-        tiles = self.plan.tiles
-        count = 1
-        if x.shape[2] == 1 and statistics is None and self.vae.executor != "plain":
-            size = len(tiles[0].rows), len(tiles[0].cols)
-            count = engine.stills_at_once(self.vae.config, self.encodes, size, self.vae.dtype, self.device, self.memory)
+    def _groups(self) -> list[list[Tile]]:
+        """Tiles that are computed at once: equal ones of pictures, which are as many stills."""
         groups: list[list[Tile]] = []
-        for tile in tiles:
+        for tile in self.plan.tiles:
             last = groups[-1] if groups else []
             equal = last and (len(last[0].rows), len(last[0].cols)) == (len(tile.rows), len(tile.cols))
-            if equal and len(last) < count:
+            if equal and len(last) < self.together.tiles:
                 last.append(tile)
             else:
                 groups.append([tile])
         return groups
 
     def _tiles(self, x: Tensor, statistics: engine.Statistics | None, tiles: list[Tile]) -> Tensor:
-        """Of a clip one; of a picture several, one behind the other along time."""
+        """Of a clip one; of pictures several, one behind the other along time."""
         parts = []
         for tile in tiles:
             rows, cols = ((span.pixels() if self.encodes else span.latents()) for span in (tile.rows, tile.cols))
             parts.append(x[..., rows, cols])
         part = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        return self.vae._compute(self.network, part, x.shape[2] == 1, self.memory, self.check, statistics)
+        return self.vae._compute(self.network, part, self.stills, self.memory, self.check, statistics, self.folded)
 
 
 def _join(groups: list[list[Tile]], scale: int, compute: Callable[[list[Tile]], Tensor],
@@ -374,16 +401,6 @@ def _fill(target: Tensor, pieces: Iterable[Tensor]) -> None:
         place = target[:, :, done:done + piece.shape[2]]
         place.copy_(piece[:, :, :place.shape[2], :place.shape[3], :place.shape[4]])
         done += piece.shape[2]
-
-
-def _clips(source: Tensor, target: Tensor, mode: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pair what is computed by itself with where it goes: each clip, or in image mode each of its frames."""
-    for b in range(source.shape[0]):
-        if mode == "video":
-            yield source[b:b + 1], target[b:b + 1]
-        else:
-            for k in range(target.shape[2]):
-                yield source[b:b + 1, :, k:k + 1], target[b:b + 1, :, k:k + 1]
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[], None]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import cvvae
 from ..cvvae import engine, keys
 from ..cvvae.engine.memory import SMALLEST_TILE, free
-from ..cvvae.frames import SPACE_FACTOR, TIME_FACTOR, frames_of, latent_side, latents_of
+from ..cvvae.frames import SPACE_FACTOR, TIME_FACTOR, frames_of, latent_side, latents_of, pictures_of
 from ..cvvae.latents.preview import LinearPreview
 from ..cvvae.tiling import WHOLE, Tiling, parse_memory
 
@@ -260,16 +260,19 @@ class NativeVAE(comfy.sd.VAE):
         return self._bytes_decode(self.batch_is if len(shape) == 4 else "video", shape, dtype, self.model.tiling)
 
     def _bytes_encode(self, mode: str, shape, dtype: torch.dtype, tiling: Tiling | None) -> int:
-        frames = shape[0] if len(shape) == 4 else shape[-3]
-        size = 1 if mode == "image" else latents_of(frames), *map(latent_side, shape[-2:])
-        return self._bytes(True, size, dtype, tiling or WHOLE)
+        clips, frames = (1, shape[0]) if len(shape) == 4 else (shape[0], shape[2])
+        t = frames if mode == "image" else latents_of(frames)
+        size = t, *map(latent_side, shape[-2:])
+        return self._bytes(self.model.encoder, size, pictures_of(mode, clips, t), dtype, tiling or WHOLE)
 
     def _bytes_decode(self, mode: str, shape, dtype: torch.dtype, tiling: Tiling | None) -> int:
-        t = shape[0] if len(shape) == 4 else shape[-3]
-        return self._bytes(False, (1 if mode == "image" else t, *shape[-2:]), dtype, tiling or WHOLE)
+        clips, t = (1, shape[0]) if len(shape) == 4 else (shape[0], shape[2])
+        return self._bytes(self.model.decoder, (t, *shape[-2:]), pictures_of(mode, clips, t), dtype, tiling or WHOLE)
 
-    def _bytes(self, encodes: bool, size: tuple[int, int, int], dtype: torch.dtype, tiling: Tiling) -> int:
-        return engine.working_memory(self.model.config, encodes, size, dtype, self.device, tiling)
+    def _bytes(self, network: torch.nn.Module, size: tuple[int, int, int], pictures: int | None, dtype: torch.dtype,
+               tiling: Tiling) -> int:
+        return engine.working_memory(self.model.config, network is self.model.encoder, size, pictures, dtype, self.device,
+                                     tiling, engine.folded_bytes(network, dtype))
 
 
 # -- training ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The fast executor gives the definition's numbers, however little memory it has and however it is cut."""
 
 import sys
+import weakref
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cvvae.engine import kernels, passes, winograd
 from cvvae.engine.arena import Arena, empty, scratch
 from cvvae.engine.executor import Executor
 from cvvae.engine.store import Store
+from cvvae.tiling import make_plan
 
 WHOLE = cvvae.Tiling(None, None)
 
@@ -312,6 +314,66 @@ class TestKernels:
         assert kernels.for_stills(weight[:, :, :1], "zeros", 0).shape[2] == 1
 
 
+class TestFoldedKernels:
+    """Pictures of one call share them; no call sees another's."""
+
+    @pytest.fixture
+    def folds(self, monkeypatch):
+        """Counts how often a kernel is folded."""
+        calls, fold = [], kernels.for_stills
+        monkeypatch.setattr(kernels, "for_stills", lambda *arguments: (calls.append(1), fold(*arguments))[1])
+        return calls
+
+    def test_are_made_once_for_all_pictures_of_a_call(self, vae, folds):
+        clip = video_clip(3, 24, 16)
+        alone = [vae.encode(frame).mean for frame in clip.split(1, dim=2)]
+        layers, expected = len(folds) // 3, torch.cat(alone, dim=2)
+        folds.clear()
+        assert torch.equal(vae.encode(clip, "image").mean, expected) and len(folds) == layers > 10
+
+    def test_are_dropped_with_the_call(self, vae, monkeypatch):
+        made, prepare = [], kernels.prepared
+
+        def prepared(weight):
+            kernel = prepare(weight)
+            made.append(weakref.ref(kernel))
+            return kernel
+
+        monkeypatch.setattr(kernels, "prepared", prepared)
+        vae.decode(latents_for(vae, 2, 3, 2), mode="image")
+        own = set(map(id, vae.parameters()))
+        left = [kernel() for kernel in made]
+        assert made and all(kernel is None or id(kernel) in own for kernel in left)
+
+    def test_follow_the_weights(self, vae):
+        z = latents_for(vae, 2, 3, 2)
+        before = vae.decode(z, mode="image")
+        for parameter in vae.parameters():
+            parameter.data.mul_(1.01)  # which torch does not count as a change
+        after = vae.decode(z, mode="image")
+        other = video_vae(vae.config.variant)
+        other.load_state_dict(vae.state_dict())
+        other.tiling = WHOLE
+        assert torch.equal(after, other.decode(z, mode="image")) and distance(after, before) > 1e-3
+
+    def test_are_not_kept_where_memory_is_short(self, vae, folds, monkeypatch):
+        monkeypatch.setattr(engine, "budget", lambda *_: 0)
+        monkeypatch.setattr(engine, "fitting", lambda tiling, *_: tiling)
+        z = latents_for(vae, 3, 3, 2)
+        vae.decode(z[:, :, :1], mode="image")
+        layers = len(folds)
+        vae.decode(z, mode="image")
+        assert len(folds) == 4 * layers > 0
+
+    def test_their_size(self, vae):
+        folded = {}
+        for network, x in ((vae.encoder, video_clip(1, 16, 16)), (vae.decoder, latents_for(vae, 1, 2, 2))):
+            folded.clear()
+            executor = Executor(lambda *_: 4, stills=True, folded=folded)
+            executor.encode(network, x) if network is vae.encoder else executor.decode(network, x)
+            assert sum(kernel.nbytes for kernel, _ in folded.values()) == engine.folded_bytes(network, torch.float32)
+
+
 class TestPasses:
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
     @pytest.mark.parametrize("own", [False, True], ids=["of_all_frames", "of_each_frame"])
@@ -366,31 +428,39 @@ class TestMemory:
         strip_rows, keeps = engine.Footprint(False, 17, 576, 576, 128, 256, 512, 2, "cuda").plan(2 * 10 ** 9)
         assert strip_rows(17, 576, 128) < 8 and keeps < 2 * 10 ** 9
 
-    def test_a_gpu_computes_equal_tiles_of_a_picture_together(self, vae, monkeypatch):
-        calls = []
-
-        def at_once(*arguments):
-            calls.append(arguments)
-            return 4
-
+    @pytest.mark.parametrize("pictures, at_once, made", [
+        (1, (1, 4), [4, 2]), (3, (1, 4), 3 * [4, 2]), (5, (4, 1), 6 * [4] + 6 * [1]), (2, (2, 2), 3 * [4])])
+    def test_a_gpu_computes_pictures_and_their_equal_tiles_together(self, vae, pictures, at_once, made, monkeypatch):
         vae.tiling = cvvae.Tiling(None, tile_pixels=24, overlap_pixels=8)
-        clip = video_clip(1, 56, 40)  # 3 x 2 tiles
-        expected = vae.encode(clip).mean
-        decoded = vae.decode(expected)
+        clip = video_clip(pictures, 56, 40)  # 3 x 2 tiles
+        expected = vae.encode(clip, "image").mean
+        decoded = vae.decode(expected, mode="image")
         sizes = []
         compute = type(vae)._compute
         monkeypatch.setattr(type(vae), "_compute", lambda self, network, x, *rest: (
             sizes.append(x.shape[2]), compute(self, network, x, *rest))[1])
-        monkeypatch.setattr(engine, "stills_at_once", at_once)
-        assert distance(vae.encode(clip).mean, expected) < 2e-5 and sizes == [4, 2] and calls
-        assert distance(vae.decode(expected), decoded) < 2e-5 and sizes[2:] == [4, 2]
+        monkeypatch.setattr(engine, "together", lambda *_: engine.Together(*at_once, 0))
+        assert distance(vae.encode(clip, "image").mean, expected) < 2e-5 and sizes == made
+        assert distance(vae.decode(expected, mode="image"), decoded) < 2e-5 and sizes == 2 * made
         vae.encode(video_clip(5, 56, 40))
-        assert sizes[4:] == [5] * 6  # tiles of a clip one by one
+        assert sizes == 2 * made + 6 * [5]  # tiles of a clip one by one
 
-    @pytest.mark.parametrize("device, memory, count", [("cpu", None, 1), ("cuda", None, 4), ("cuda", 10 ** 9, 1)])
-    def test_how_many_pictures_at_once(self, device, memory, count):
+    @pytest.mark.parametrize("device, pictures, tiles, memory, found", [
+        ("cpu", 1, 1, None, (1, 1, 0)), ("cpu", 9, 1, None, (1, 1, 7)), ("cpu", 1, 4, None, (1, 1, 7)),
+        ("cuda", 1, 1, None, (1, 1, 0)), ("cuda", 1, 4, None, (1, 4, 0)), ("cuda", 9, 4, None, (4, 1, 7)),
+        ("cuda", 3, 4, None, (3, 1, 7)), ("cuda", 2, 4, None, (2, 2, 7)), ("cuda", 9, 4, 10 ** 9, (1, 1, 7)),
+        ("cpu", 9, 1, 10 ** 8, (1, 1, 0))])
+    def test_how_many_pictures_at_once(self, device, pictures, tiles, memory, found):
         config = cvvae.Config("v1", 4, (128, 256, 512, 512), 2)
-        assert engine.stills_at_once(config, False, (72, 72), torch.float16, torch.device(device), memory) == count
+        plan = make_plan(1, 72, 56 * tiles + 16, cvvae.Tiling(17, 576, 128))
+        assert len(plan.tiles) == tiles
+        assert found == engine.together(config, False, pictures, plan.tiles, False, torch.float16, torch.device(device),
+                                        memory, folded=7)
+
+    def test_tiles_that_share_statistics_come_one_by_one(self):
+        config = cvvae.Config("v1", 4, (128, 256, 512, 512), 2)
+        tiles = make_plan(1, 72, 128, cvvae.Tiling(17, 576, 128)).tiles
+        assert (1, 1, 7) == engine.together(config, False, 9, tiles, True, torch.float16, torch.device("cuda"), None, 7)
 
     def test_auto_is_less_than_the_machine_has(self):
         import psutil

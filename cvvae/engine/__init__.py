@@ -15,12 +15,12 @@ from ..frames import frames_of
 from ..model import Decoder, Downsample, Encoder, ResnetBlock, SpatialAttention, TemporalAttention, Upsample
 from .activation import Statistics
 from .arena import scratch
-from .executor import Executor, Weights, own_weights
-from .memory import Footprint, budget, fitting, footprint, stills_at_once, working_memory
+from .executor import Executor, Folded, Weights, own_weights
+from .memory import Footprint, Together, budget, fitting, folded_bytes, footprint, together, working_memory
 from .passes import passes_for
 
-__all__ = ["Footprint", "Statistics", "Weights", "budget", "fitting", "footprint", "knows", "own_weights", "run",
-           "stills_at_once", "working_memory"]
+__all__ = ["Folded", "Footprint", "Statistics", "Together", "Weights", "budget", "fitting", "folded_bytes", "footprint",
+           "knows", "own_weights", "run", "together", "working_memory"]
 
 
 LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -40,13 +40,15 @@ def knows(network: nn.Module) -> bool:
 
 
 def run(network: Encoder | Decoder, x: Tensor, stills: bool, memory: int | None, check: Callable[[], None],
-        weights: Weights, statistics: Statistics | None = None, compiled: bool = False) -> Tensor:
+        weights: Weights, statistics: Statistics | None = None, compiled: bool = False,
+        folded: Folded | None = None) -> Tensor:
     """What ``network(x)`` gives for [1, C, T, H, W]; ``stills`` are T independent images.
 
     memory: bytes to compute in, beside weights, ``x`` and the result; None for no limit.
     check: called after every strip; may raise to cancel.
     statistics: what group norms share with other calls.
     compiled: see :mod:`.passes`.
+    folded: of ``stills``, kernels that other calls with the same weights, dtype and device left here, and will use.
     """
     encodes = isinstance(network, Encoder)
     frames, height, width = x.shape[2:]
@@ -59,5 +61,5 @@ def run(network: Encoder | Decoder, x: Tensor, stills: bool, memory: int | None,
                      x.element_size(), x.device.type)
     # Triton launches kernels on the current device, wherever their tensors are.
     with scratch(), torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
-        executor = Executor(*tile.plan(memory), stills, check, weights, statistics, passes_for(x, compiled))
+        executor = Executor(*tile.plan(memory), stills, check, weights, statistics, passes_for(x, compiled), folded)
         return executor.encode(network, x) if encodes else executor.decode(network, x)

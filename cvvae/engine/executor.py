@@ -21,6 +21,7 @@ from .passes import EAGER, Border, Moments, Passes, affine_of
 from .store import Store
 
 Weights = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+Folded = dict[nn.Module, tuple[Tensor, Tensor]]  # kernel and bias of each layer
 
 
 def own_weights(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,11 +39,12 @@ class Executor:
     weights: where layers' weights come from.
     statistics: what group norms share with other runs.
     passes: how activations are bordered, normalised and measured.
+    folded: what stills share with those before and after them; None keeps nothing.
     """
 
     def __init__(self, strip_rows: Callable[[int, int, int], int], memory: int | None = None, stills: bool = False,
                  check: Callable[[], None] = lambda: None, weights: Weights = own_weights,
-                 statistics: Statistics | None = None, passes: Passes = EAGER):
+                 statistics: Statistics | None = None, passes: Passes = EAGER, folded: Folded | None = None):
         self.strip_rows = strip_rows
         self.stills = stills
         self.store = Store(memory)
@@ -50,6 +52,7 @@ class Executor:
         self.weights = weights
         self.statistics = statistics
         self.passes = passes
+        self.folded = folded
         self.norms = 0
 
     def encode(self, encoder: Encoder, clip: Tensor) -> Tensor:
@@ -201,13 +204,18 @@ class Executor:
 
     def _kernel(self, conv: nn.Module, border: Border, like: Tensor) -> tuple[Tensor, Tensor, Border]:
         """[K, C, kt, kh, kw] and bias, folded for stills; and the border that is left."""
+        left = Border(border.space, border.space_mode) if self.stills else border
+        if self.folded is not None and conv in self.folded:
+            return *self.folded[conv], left
         weight, bias = self.weights(conv, like)
         if weight.ndim == 4:
             weight = weight[:, :, None]
         if self.stills:
             weight = kernels.for_stills(weight, border.time_mode, border.time[0])
-            border = Border(border.space, border.space_mode)
-        return kernels.prepared(weight), bias, border
+        kernel = kernels.prepared(weight)
+        if self.folded is not None:
+            self.folded[conv] = kernel, bias
+        return kernel, bias, left
 
     def _affine(self, norm: nn.Module, x: Activation) -> tuple[Tensor, Tensor]:
         """Group norm as a factor and a summand for each channel (and frame, for stills)."""

@@ -6,15 +6,18 @@ on the CPU (``benchmarks/memory.py``) at several sizes, widths and budgets.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import psutil
 import torch
+from torch import nn
 
 from ..config import Config
 from ..frames import SPACE_FACTOR, frames_of
-from ..tiling import Tiling, make_plan, parse_memory
+from ..tiling import Tile, Tiling, make_plan, parse_memory
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ SCRATCH = 160 * 10 ** 6  # kernels being folded, and what the libraries set asid
 KERNELS_ENCODER, KERNELS_DECODER = 3, 6  # copies of the largest kernel that this amounts to on the CPU
 FREE_SHARE = 0.8  # of what is free on a GPU; other programs draw there too
 FREE_SHARE_CPU = 0.5
-STILLS = 4  # pictures, or tiles of one, that a GPU computes together: of one it waits for Python to launch kernels
+STILLS = 4  # pictures, or their tiles, that a GPU computes together: of one it waits for Python to launch kernels
 SMALLEST_TILE = 128  # pixels; group norms and attention see too little in smaller ones
 
 
@@ -145,35 +148,62 @@ def footprint(config: Config, encodes: bool, size: tuple[int, int, int], dtype: 
                      config.widths[-1], dtype.itemsize, device.type)
 
 
-def stills_at_once(config: Config, encodes: bool, size: tuple[int, int], dtype: torch.dtype, device: torch.device,
-                   memory: int | None) -> int:
-    """How many pictures, or tiles, of ``size`` = h, w latents are computed together within ``memory``."""
-    if device.type == "cpu":
-        return 1  # they would not fit its caches
-    one = footprint(config, encodes, (1, *size), dtype, device)
-    return next(count for count in range(STILLS, 0, -1)
-                if count == 1 or memory is None or dataclasses.replace(one, frames=count).peak() <= memory)
+class Together(NamedTuple):
+    """How independent pictures are computed: so many at once, so many equal tiles of each, and bytes of folded kernels
+    that are kept from one pass to the next, 0 where none are."""
+
+    pictures: int
+    tiles: int
+    folded: int
 
 
-def working_memory(config: Config, encodes: bool, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device,
-                   tiling: Tiling) -> int:
+def together(config: Config, encodes: bool, pictures: int, tiles: list[Tile], shared: bool, dtype: torch.dtype,
+             device: torch.device, memory: int | None, folded: int) -> Together:
+    """The most that fits ``memory`` of ``pictures`` that are cut into ``tiles``.
+
+    shared: tiles share statistics, and are computed one by one.
+    folded: bytes of all folded kernels.
+    """
+    one = footprint(config, encodes, (1, len(tiles[0].rows), len(tiles[0].cols)), dtype, device)
+
+    def fits(count: int, more: int = 0) -> bool:
+        return memory is None or dataclasses.replace(one, frames=count).peak() + more <= memory
+
+    # On the CPU one by one: more would not fit its caches.
+    most = 1 if device.type == "cpu" or shared else min(STILLS, pictures * len(tiles))
+    at_once = next((count for count in range(most, 1, -1) if fits(count)), 1)
+    at_once_of_each = at_once // min(pictures, at_once)
+    again = pictures * len(tiles) > at_once or shared
+    return Together(min(pictures, at_once), at_once_of_each, folded if again and fits(at_once, folded) else 0)
+
+
+def folded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
+    """Of all 3x3 kernels of ``network``, folded for stills."""
+    layers = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Conv3d))
+    return sum(9 * math.prod(layer.weight.shape[:2]) for layer in layers if layer.kernel_size[-1] == 3) * dtype.itemsize
+
+
+def working_memory(config: Config, encodes: bool, size: tuple[int, int, int], pictures: int | None, dtype: torch.dtype,
+                   device: torch.device, tiling: Tiling, folded: int) -> int:
     """Bytes on ``device`` beside weights and result, to encode or decode ``size`` = t, h, w latents as ``tiling`` says.
 
-    One tile's activations, beside one window's frames.
+    One tile's activations, beside one window's frames; or of so many independent ``pictures`` what is computed together,
+    and ``folded`` bytes of kernels where these are kept.
     """
     t, h, w = size
-    t = min(t, tiling.window or t)
-    side = tiling.tile_pixels // SPACE_FACTOR if tiling.tile_pixels else max(h, w)
-    tile = footprint(config, encodes, (t, min(h, side), min(w, side)), dtype, device)
     memory = parse_memory(tiling.memory)
-    if t == 1:
-        tiles = len(make_plan(t, h, w, tiling).tiles)
-        limit = memory if isinstance(memory, int) else None
-        at_once = stills_at_once(config, encodes, (min(h, side), min(w, side)), dtype, device, limit)
-        tile = dataclasses.replace(tile, frames=min(tiles, at_once))
-    tile = tile.peak()
-    window = 3 * frames_of(t) * h * w * SPACE_FACTOR ** 2 * torch.float32.itemsize
-    return (min(tile, memory) if isinstance(memory, int) else tile) + window
+    limit = memory if isinstance(memory, int) else None
+    tiles = make_plan(1, h, w, tiling).tiles
+    frames = 1 if pictures else min(t, tiling.window or t)
+    tile = footprint(config, encodes, (frames, len(tiles[0].rows), len(tiles[0].cols)), dtype, device)
+    if pictures:
+        shared = tiling.statistics != "tile" and len(tiles) > 1
+        pictures, at_once, kept = together(config, encodes, pictures, tiles, shared, dtype, device, limit, folded)
+        peak = dataclasses.replace(tile, frames=pictures * at_once).peak() + kept
+    else:
+        pictures, peak = frames_of(frames), tile.peak()
+    window = 3 * pictures * h * w * SPACE_FACTOR ** 2 * torch.float32.itemsize
+    return (peak if limit is None else min(peak, limit)) + window
 
 
 def budget(memory: int | str | None, device: torch.device) -> int | None:
