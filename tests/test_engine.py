@@ -69,8 +69,8 @@ class TestExecutors:
 
     @pytest.mark.parametrize("mode", ["video", "image"])
     def test_windows_tiles_and_images(self, vae, mode):
-        tiling = cvvae.Tiling(9, 32, 16)
-        clip = video_clip(14, 44, 36)
+        tiling = cvvae.Tiling(9, 24, 8)
+        clip = video_clip(10, 28, 26)
         fast = vae.encode(clip, mode, tiling=tiling).mean
         decoded = vae.decode(fast, mode=mode, tiling=tiling)
         vae.executor = "plain"
@@ -131,14 +131,15 @@ class TestStrips:
     """Any height of strips and any room for them: the same numbers, and nothing held at the end."""
 
     @pytest.mark.parametrize("limit", [None, 10 ** 6, 2 * 10 ** 5, 0])
-    @pytest.mark.parametrize("rows", [4, 6, 1000])
-    def test_same_numbers(self, vae, rows, limit):
-        t, h, w = (3, 6, 3) if limit else (2, 3, 3)
+    def test_same_numbers(self, vae, limit):
+        t, h, w = (2, 6, 3) if limit else (2, 3, 3)
         z, clip = latents_for(vae, t, h, w), video_clip(4 * t - 3, 8 * h, 8 * w)
         for network, x, run in ((vae.decoder, z, "decode"), (vae.encoder, clip, "encode")):
-            executor = Executor(lambda *_: rows, memory=limit)
-            assert distance(getattr(executor, run)(network, x), network(x)) < 2e-5
-            assert executor.store.held == 0
+            expected = network(x)
+            for rows in (4, 6, 1000):
+                executor = Executor(lambda *_, rows=rows: rows, memory=limit)
+                assert distance(getattr(executor, run)(network, x), expected) < 2e-5, rows
+                assert executor.store.held == 0
 
     def test_room_is_kept_to(self, vae):
         z, held = latents_for(vae, 2, 10, 6), []
@@ -357,8 +358,7 @@ class TestFoldedKernels:
         assert torch.equal(after, other.decode(z, mode="image")) and distance(after, before) > 1e-3
 
     def test_are_not_kept_where_memory_is_short(self, vae, folds, monkeypatch):
-        monkeypatch.setattr(engine, "budget", lambda *_: 0)
-        monkeypatch.setattr(engine, "fitting", lambda tiling, *_: tiling)
+        monkeypatch.setattr(engine, "together", lambda *_: engine.Together(1, 1, 0))
         z = latents_for(vae, 3, 3, 2)
         vae.decode(z[:, :, :1], mode="image")
         layers = len(folds)
@@ -430,9 +430,9 @@ class TestMemory:
 
     @pytest.mark.parametrize("pictures, at_once, made", [
         (1, (1, 4), [4, 2]), (3, (1, 4), 3 * [4, 2]), (5, (4, 1), 6 * [4] + 6 * [1]), (2, (2, 2), 3 * [4])])
-    def test_a_gpu_computes_pictures_and_their_equal_tiles_together(self, vae, pictures, at_once, made, monkeypatch):
-        vae.tiling = cvvae.Tiling(None, tile_pixels=24, overlap_pixels=8)
-        clip = video_clip(pictures, 56, 40)  # 3 x 2 tiles
+    def test_a_gpu_computes_pictures_and_their_equal_tiles_together(self, pictures, at_once, made, monkeypatch):
+        vae = video_vae(tiling=cvvae.Tiling(None, tile_pixels=16, overlap_pixels=8))
+        clip = video_clip(pictures, 32, 24)  # 3 x 2 tiles
         expected = vae.encode(clip, "image").mean
         decoded = vae.decode(expected, mode="image")
         sizes = []
@@ -442,7 +442,7 @@ class TestMemory:
         monkeypatch.setattr(engine, "together", lambda *_: engine.Together(*at_once, 0))
         assert distance(vae.encode(clip, "image").mean, expected) < 2e-5 and sizes == made
         assert distance(vae.decode(expected, mode="image"), decoded) < 2e-5 and sizes == 2 * made
-        vae.encode(video_clip(5, 56, 40))
+        vae.encode(video_clip(5, 32, 24))
         assert sizes == 2 * made + 6 * [5]  # tiles of a clip one by one
 
     @pytest.mark.parametrize("device, pictures, tiles, memory, found", [

@@ -15,11 +15,12 @@ HELPERS = Path(__file__).parent / "helpers"
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
-def test_kernels():
+@pytest.mark.parametrize("checks", ["not test_engine", pytest.param("test_engine", marks=pytest.mark.slow)])
+def test_kernels(checks):
     """The interpreter must be chosen before anything imports Triton."""
     step_by_step = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HELPERS / "fused_checks.py"],
-                         env=os.environ | step_by_step, cwd=HELPERS.parents[1], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HELPERS / "fused_checks.py", "-k", checks]
+    run = subprocess.run(command, env=os.environ | step_by_step, cwd=HELPERS.parents[1], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

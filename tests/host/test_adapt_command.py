@@ -13,6 +13,8 @@ from random_weights import motion_state
 from safetensors import safe_open
 from small_run import kill_when_saved
 
+pytestmark = pytest.mark.slow
+
 # The published checkpoints' widths would take gigabytes, so the loader is told of reduced ones; the encoders, which have no
 # reduced form, are stood in for.  Started in the repository, whose nodes/ must not hide ComfyUI's nodes.py.
 RUNNER = """

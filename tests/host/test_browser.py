@@ -26,7 +26,7 @@ STAND_INS = (("CheckpointLoaderSimple", "ckpt_name", "narrow_sd15.safetensors"),
 SHORTER = (("RepeatImageBatch", "amount", 1), ("CVVAEFrameCalculator", "amount", 5))
 AT_ONCE = 2.0  # seconds from Cancel to the end of the run
 
-pytestmark = pytest.mark.parametrize("host", ["newest"], indirect=True)
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("host", ["newest"], indirect=True)]
 
 
 @pytest.fixture(scope="module")

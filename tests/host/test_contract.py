@@ -10,7 +10,9 @@ from host_checks import names_of_checks, run_checks
 FOLDER = Path(__file__).parent
 SCRIPTS = ("contract", "contract_training", "contract_latents", "contract_weights", "contract_native", "contract_samplers",
            "contract_adaptation")
-CHECKS = [(script, name) for script in SCRIPTS for name in names_of_checks(FOLDER / f"{script}.py")]
+QUICK = ("contract", "contract_weights", "contract_samplers")
+CHECKS = [pytest.param(script, name, marks=() if script in QUICK else pytest.mark.slow)
+          for script in SCRIPTS for name in names_of_checks(FOLDER / f"{script}.py")]
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ import subprocess
 import pytest
 from comfy_host import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 def test_each_decoder_is_timed(host, tmp_path):
     if not (host.path / "comfy" / "ldm" / "cogvideo" / "vae.py").is_file():

@@ -16,6 +16,8 @@ from safetensors.numpy import load_file
 from cvvae.checkpoint import BUILT_IN
 from cvvae.download import PUBLISHED
 
+pytestmark = pytest.mark.slow
+
 MEDIA = REPOSITORY / "workflows" / "media"
 ENOUGH = 20  # dB; the built-in model reaches 24 to 28, random weights about 10
 
