@@ -69,8 +69,8 @@ class TestExecutors:
 
     @pytest.mark.parametrize("mode", ["video", "image"])
     def test_windows_tiles_and_images(self, vae, mode):
-        tiling = cvvae.Tiling(9, 24, 8)
-        clip = video_clip(10, 28, 26)
+        tiling = cvvae.Tiling(9, 32, 16)
+        clip = video_clip(10, 44, 36)
         fast = vae.encode(clip, mode, tiling=tiling).mean
         decoded = vae.decode(fast, mode=mode, tiling=tiling)
         vae.executor = "plain"
