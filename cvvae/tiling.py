@@ -211,6 +211,11 @@ class Plan:
     def __len__(self) -> int:
         return len(self.windows) * len(self.tiles)
 
+    def passes(self, statistics: str) -> int:
+        """How often each tile is computed: twice where :attr:`Tiling.statistics` are shared with others."""
+        shared = {"tile": 1, "window": len(self.tiles), "clip": len(self)}[statistics]
+        return 2 if shared > 1 else 1
+
 
 def make_plan(t: int, h: int, w: int, tiling: Tiling | None) -> Plan:
     """Plan ``t`` x ``h`` x ``w`` latents; a ``tiling`` of None cuts nothing."""

@@ -224,6 +224,7 @@ class Run:
             tiling = engine.fitting(tiling, self.memory, vae.config, self.encodes, window, vae.dtype, self.device)
         self.tiling = tiling
         self.plan = make_plan(*of_clip, tiling)
+        self.passes = self.plan.passes(tiling.statistics)
         self.together, self.folded = engine.Together(1, 1, 0), None
         if fast and self.stills:
             self.together = engine.together(vae.config, self.encodes, pictures, self.plan.tiles, self.passes > 1, vae.dtype,
@@ -232,12 +233,6 @@ class Run:
             # For as long as this run, in which the weights stay as they are.
             self.folded = {}
             self.memory = self.memory and self.memory - self.together.folded
-
-    @property
-    def passes(self) -> int:
-        """How often each tile is computed: twice where statistics are shared with others."""
-        shared = {"tile": 1, "window": len(self.plan.tiles), "clip": len(self.plan)}[self.tiling.statistics]
-        return 2 if shared > 1 else 1
 
     def fill(self, target: Tensor, source: Tensor, frames: int, progress: Progress | None) -> None:
         """``target`` [B, C, T, H, W] from ``source``, as far as ``frames`` of each clip need it."""

@@ -193,11 +193,12 @@ def working_memory(config: Config, encodes: bool, size: tuple[int, int, int], pi
     t, h, w = size
     memory = parse_memory(tiling.memory)
     limit = memory if isinstance(memory, int) else None
-    tiles = make_plan(1, h, w, tiling).tiles
+    plan = make_plan(1, h, w, tiling)
+    tiles = plan.tiles
     frames = 1 if pictures else min(t, tiling.window or t)
     tile = footprint(config, encodes, (frames, len(tiles[0].rows), len(tiles[0].cols)), dtype, device)
     if pictures:
-        shared = tiling.statistics != "tile" and len(tiles) > 1
+        shared = plan.passes(tiling.statistics) > 1
         pictures, at_once, kept = together(config, encodes, pictures, tiles, shared, dtype, device, limit, folded)
         peak = dataclasses.replace(tile, frames=pictures * at_once).peak() + kept
     else:
