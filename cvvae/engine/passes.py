@@ -19,7 +19,7 @@ from .arena import empty, layout_of
 
 log = logging.getLogger(__name__)
 
-CACHED = 2 ** 21  # bytes of frames that a CPU takes through all operations of a pass before the next ones
+CACHED = 2 ** 21  # bytes of an activation that a CPU takes through all operations of a pass before the next ones
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # others would lose digits: kernels compute in float32
 
 
@@ -176,9 +176,14 @@ def _sums_at_once(x: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Frames of ``x``, on a CPU few enough at a time to stay in its caches, and of ``others`` [1 or T, ...] the same."""
-    count = x.shape[0] if x.device.type != "cpu" else max(1, CACHED // x[0].nbytes)
-    return zip(*(each.expand(x.shape[0], -1, -1, -1).split(count) for each in (x, *others)), strict=True)
+    """``x``, on a CPU in frames, or rows of a frame, few enough to stay in its caches; and of ``others``, which lack
+    frames and rows or have as many, the same."""
+    frames, _, rows, _ = x.shape
+    whole = [each.expand(frames, -1, rows, -1) for each in (x, *others)]
+    if x.device.type == "cpu":
+        frames, rows = max(1, CACHED // x[0].nbytes), max(1, CACHED // x[0, :, 0].nbytes)
+    for some in zip(*(each.split(frames) for each in whole), strict=True):
+        yield from zip(*(each.split(rows, 2) for each in some), strict=True)
 
 
 def _passes(activate: Activate, sums: Sums, interleaves: bool) -> Passes:
