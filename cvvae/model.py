@@ -143,10 +143,12 @@ class TemporalAttention(SpatialAttention):
     def along_time(self, spatial: Tensor) -> Tensor:
         b, _, _, h, w = spatial.shape
         positions = rearrange(spatial, "b c t h w -> (b h w) t c")
-        temporal = self.attend_time(positions)
-        if self.gated:
-            temporal = positions + temporal * self.gamma_t.to(temporal)
+        temporal = self.joined(positions, self.attend_time(positions))
         return rearrange(temporal, "(b h w) t c -> b c t h w", b=b, h=h, w=w)
+
+    def joined(self, positions: Tensor, temporal: Tensor) -> Tensor:
+        """What the temporal step gave, [..., C], and where it is gated what it started from."""
+        return positions + temporal * self.gamma_t.to(temporal) if self.gated else temporal
 
 
 class Downsample(nn.Module):

@@ -36,7 +36,8 @@ def test_kernels_compile(dtype):
 
     def compiles(kernel, pointers: dict[str, str], constants: dict[str, int]) -> bool:
         names = [parameter.name for parameter in kernel.params]
-        types = dict.fromkeys(names, "i32") | {"eps": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
+        types = dict.fromkeys(names, "i32") | dict.fromkeys(("eps", "factor"), "fp32") | pointers
+        types |= dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel, {name: types[name] for name in names},
                            {(names.index(name),): value for name, value in constants.items()})
         return bool(compiled(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"])
@@ -50,8 +51,10 @@ def test_kernels_compile(dtype):
     assert compiles(fused._finished, {"x": data, "y": data, "bias": data, "parts": data},
                     size | {"BIASED": True, "ADDED": False, "MEASURED": False, "PIXELS": fused.PIXELS})
     assert compiles(fused._interleaved, {"made": data, "bias": data, "out": data}, size)
-    assert compiles(fused._affine, {"parts": "*fp32", "weight": data, "bias": data, "affine": "*fp32"},
-                    {"SIZE": 4, "PARTS": fused.PARTS})
+    for on in (False, True):
+        assert compiles(fused._affine, {"parts": "*fp32", "weight": data, "bias": data, "missing": data, "affine": "*fp32"},
+                        {"MISSING": on, "SIZE": 4, "PARTS": fused.PARTS})
+    assert compiles(fused._shares, {"scores": "*fp32", "shares": data, "sums": "*fp32"}, {"KEYS": fused.KEYS})
 
 
 def test_a_cpu_has_torchs_own_passes():

@@ -55,11 +55,11 @@ class Activation:
     compute: (first row, row behind the last, what measures them or None) -> [T, C, rows, W]; None where all is kept from
         the start.
     like: a tensor of its dtype and device.
-    moments: what its strips are measured with.
+    moments: what its strips are measured with; None where no norm reads it.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], strip: int, compute: Compute | None, like: Tensor,
-                 moments: Moments):
+                 moments: Moments | None):
         self.shape = shape
         self.strip = strip
         self.compute = compute
@@ -113,10 +113,11 @@ class Activation:
         return None
 
     def keep(self, x: Tensor, store: Store) -> "Activation":
-        """Hold and measure ``x``, all of this activation, whether or not ``store`` has room."""
+        """Hold, and measure, ``x``, all of this activation, whether or not ``store`` has room."""
         for i in range(len(self.kept)):
             self.kept[i] = store.keep(x[:, :, slice(*self.rows_of(i))])
-            self.moments.add(self.kept[i])
+            if self.moments is not None:
+                self.moments.add(self.kept[i])
         return self
 
     def bytes_kept(self, start: int, stop: int, height: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from ..model import Decoder, Downsample, Encoder, Padding, ResnetBlock, SpatialAttention, Upsample
+from ..model import Decoder, Downsample, Encoder, Padding, ResnetBlock, SpatialAttention, TemporalAttention, Upsample
 from . import kernels
 from .activation import Activation, Compute, Statistics, settle
 from .passes import EAGER, Border, Moments, Passes, affine_of
@@ -87,7 +87,8 @@ class Executor:
         return self._block(mid.block_2, self._attended(mid.attn_1, self._block(mid.block_1, x)))
 
     def _block(self, block: ResnetBlock, x: Activation) -> Activation:
-        h = self._convolved(block.conv1, x, block.padding, block.norm1)
+        h = self._convolved(block.conv1, x, block.padding, block.norm1, bare=True)
+        missing = None
         if not hasattr(block, "nin_shortcut"):
             shortcut = x
             self._settle(h)
@@ -95,38 +96,49 @@ class Executor:
             weight, bias = self.weights(block.nin_shortcut, h.like)
             weight = kernels.prepared(weight.flatten(2)[..., None, None])
             given = x
+            if self.passes.late_bias:
+                bias, missing = None, bias  # the second convolution's pass adds it with its own
 
             def compute(start: int, stop: int, moments: Moments | None) -> Tensor:
                 return self._applied(weight, bias, given.rows(start, stop), moments)
 
-            shortcut = self._layer(h.shape, compute, h.like, weight.shape[1])
+            shortcut = self._layer(h.shape, compute, h.like, weight.shape[1], measured=False)
             if weight.shape[0] < weight.shape[1]:
                 # Smaller than its input, which can go while the first convolution runs.
                 settle([h, shortcut], [x], self.store, self.check)
                 x = shortcut
             else:
                 self._settle(h)
-        return self._settle(self._convolved(block.conv2, h, block.padding, block.norm2, shortcut), x, h)
+        return self._settle(self._convolved(block.conv2, h, block.padding, block.norm2, shortcut, missing), x, h)
 
     def _attended(self, attention: SpatialAttention, x: Activation) -> Activation:
         """Whole frames at once: this is the smallest layer, and each position looks at all others."""
         whole = x.rows(0, x.shape[2])
-        h = attention.norm(whole)
+        h = kernels.laid_out(attention.norm(whole))
         q, k, v = (self._pointwise(layer, h) for layer in (attention.q, attention.k, attention.v))
-        spatial = self._pointwise(attention.proj_out, kernels.attend(q, k, v))
-        if self.stills:
-            out = whole + attention.along_time(spatial[:, :, None])[:, :, 0]
-        else:
-            out = whole + attention.along_time(spatial.transpose(0, 1)[None])[0].transpose(0, 1)
+        spatial = self._pointwise(attention.proj_out, kernels.attend(q, k, v, self.passes.shares))
+        out = whole + self._along_time(attention, spatial)
         attended = self._layer(x.shape, None, out).keep(out, self.store)
         x.drop(self.store)
         return attended
 
+    def _along_time(self, attention: SpatialAttention, spatial: Tensor) -> Tensor:
+        if not self.stills or not isinstance(attention, TemporalAttention):
+            return attention.along_time(spatial.transpose(0, 1)[None])[0].transpose(0, 1)
+        # A still sees no other frame: of what its positions ask and offer nothing but their values counts.
+        positions = spatial.movedim(1, -1)
+        seen = attention.proj_out_t(attention.v_t(attention.norm_t(positions)))
+        return attention.joined(positions, seen).movedim(-1, 1)
+
     # -- layers --------------------------------------------------------------------------------------
 
     def _convolved(self, conv: nn.Module, x: Activation, padding: Padding, norm: nn.Module | None = None,
-                   shortcut: Activation | None = None) -> Activation:
-        """``conv`` of ``x``, which is normalised and activated first where there is a ``norm``; and ``shortcut`` added."""
+                   shortcut: Activation | None = None, missing: Tensor | None = None, bare: bool = False) -> Activation:
+        """``conv`` of ``x``, which is normalised and activated first where there is a ``norm``; and ``shortcut`` added.
+
+        missing: bias that ``shortcut`` lacks.
+        bare: only a norm reads the result, so where a bias takes a pass of its own that norm's factors bring it.
+        """
         if isinstance(conv, nn.Conv2d):
             border = Border((1, 1), "zeros")
         else:
@@ -134,12 +146,18 @@ class Executor:
         kernel, bias, border = self._kernel(conv, border, x.like)
         affine = None if norm is None else self._affine(norm, x)
         frames, channels, height, width = x.shape
+        own = bias if missing is None else bias.float() + missing.float()
+        if bare := bare and self.passes.late_bias and self.statistics is None:
+            own = None
 
         def compute(start: int, stop: int, moments: Moments | None) -> Tensor:
             rows = self._bordered(x, start - 1, stop + 1, border, affine)
-            return self._applied(kernel, bias, rows, moments, shortcut=shortcut and shortcut.pieces(start, stop))
+            return self._applied(kernel, own, rows, moments, shortcut=shortcut and shortcut.pieces(start, stop))
 
-        return self._layer((frames, kernel.shape[0], height, width), compute, x.like, channels)
+        made = self._layer((frames, kernel.shape[0], height, width), compute, x.like, channels)
+        if bare:
+            made.moments.missing = bias
+        return made
 
     def _downsampled(self, down: Downsample, x: Activation) -> Activation:
         border = Border(down.space, down.space_mode, (2, 0) if down.temporal else (0, 0))
@@ -236,8 +254,8 @@ class Executor:
         self.passes.bordered(pieces, start, stop, height, border, affine, out)
         return out
 
-    def _applied(self, kernel: Tensor, bias: Tensor, x: Tensor, moments: Moments | None, stride: tuple[int, int] = (1, 1),
-                 shortcut: Iterable[tuple[int, Tensor]] | None = None) -> Tensor:
+    def _applied(self, kernel: Tensor, bias: Tensor | None, x: Tensor, moments: Moments | None,
+                 stride: tuple[int, int] = (1, 1), shortcut: Iterable[tuple[int, Tensor]] | None = None) -> Tensor:
         """The convolution of ``x``, and ``shortcut`` added, which comes in pieces; measured where there are ``moments``."""
         late = bias if self.passes.late_bias else None
         out = kernels.convolve(x, kernel, bias if late is None else None, stride)
@@ -257,15 +275,15 @@ class Executor:
     # -- activations ---------------------------------------------------------------------------------
 
     def _layer(self, shape: tuple[int, int, int, int], compute: Compute | None, like: Tensor,
-               channels: int = 0, most: float = math.inf) -> Activation:
+               channels: int = 0, most: float = math.inf, measured: bool = True) -> Activation:
         """channels: that are read.  most: rows of a strip."""
         rows = self.strip_rows(shape[0], shape[3], max(channels, shape[1]))
-        return Activation(shape, min(rows, most), compute, like, self.passes.moments(self.stills))
+        return Activation(shape, min(rows, most), compute, like, self.passes.moments(self.stills) if measured else None)
 
     def _input(self, x: Tensor) -> Activation:
         """[1, C, T, H, W], all there from the start."""
         x = x[0].transpose(0, 1)
-        return self._layer(tuple(x.shape), None, x).keep(x, self.store)
+        return self._layer(tuple(x.shape), None, x, measured=False).keep(x, self.store)
 
     def _settle(self, made: Activation, *parents: Activation) -> Activation:
         settle([made], parents, self.store, self.check)

@@ -19,6 +19,7 @@ from .passes import Border, Moments, Passes
 COLUMNS, CHANNELS, WARPS = 32, 128, 4
 PIXELS, MEASURED = 64, 512  # that one program takes, and where it makes sums of them
 PARTS = 64  # of those that are added up at a time
+KEYS, WARPS_OF_KEYS = 2048, 8  # of a row of scores
 
 
 @triton.jit(do_not_specialize=["frames", "height", "width", "rows_out", "columns_out", "front", "top", "left", "factors"])
@@ -122,20 +123,27 @@ def _finished(x, y, bias, parts, rows, width, channels, programs, x_frame, x_cha
 
 
 @triton.jit(do_not_specialize=["entries"])
-def _affine(parts, weight, bias, affine, entries, channels, eps, size, SIZE: tl.constexpr, PARTS: tl.constexpr):
-    """Factors and summands of one group's channels from ``entries`` parts, in double precision."""
+def _affine(parts, weight, bias, missing, affine, entries, channels, eps, size, MISSING: tl.constexpr, SIZE: tl.constexpr,
+            PARTS: tl.constexpr):
+    """Factors and summands of one group's channels from ``entries`` parts, in double precision.
+
+    missing: bias that the values measured lack; it is in the summands.
+    """
     frame, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own = tl.arange(0, SIZE)
     channel = group * size + own
     pixels = tl.zeros([PARTS, SIZE], tl.float64)
     first = tl.zeros([PARTS, SIZE], tl.float64)
     second = tl.zeros([PARTS, SIZE], tl.float64)
+    plus = tl.zeros([SIZE], tl.float64)
+    if MISSING:
+        plus += tl.load(missing + channel, own < size, other=0).to(tl.float64)
     for offset in range(0, entries, PARTS):
         entry = offset + tl.arange(0, PARTS)
         inside = (entry < entries)[:, None] & (own < size)[None]
         place = parts + (frame * entries + entry)[:, None] * 3 * channels + channel[None]
         count = tl.load(place, inside, other=0).to(tl.float64)
-        mean = tl.load(place + channels, inside, other=0).to(tl.float64)
+        mean = tl.load(place + channels, inside, other=0).to(tl.float64) + plus[None]
         pixels += count
         first += count * mean
         second += tl.load(place + 2 * channels, inside, other=0).to(tl.float64) + count * mean * mean
@@ -143,10 +151,30 @@ def _affine(parts, weight, bias, affine, entries, channels, eps, size, SIZE: tl.
     mean = tl.sum(tl.sum(first, 1), 0) / all_pixels
     variance = tl.sum(tl.sum(second, 1), 0) / all_pixels - mean * mean
     scale = tl.load(weight + channel, own < size, other=0).to(tl.float64) / tl.sqrt(tl.maximum(variance, 0) + eps)
-    shift = tl.load(bias + channel, own < size, other=0).to(tl.float64) - mean * scale
+    shift = tl.load(bias + channel, own < size, other=0).to(tl.float64) + (plus - mean) * scale
     place = affine + frame * channels + channel
     tl.store(place, scale.to(tl.float32), own < size)
     tl.store(place + tl.num_programs(0) * channels, shift.to(tl.float32), own < size)
+
+
+@triton.jit(do_not_specialize=["keys", "row_length"])
+def _shares(scores, shares, sums, keys, row_length, factor, KEYS: tl.constexpr):
+    """One row of ``scores``, ``row_length`` long, of which the first ``keys`` count."""
+    row = tl.program_id(0).to(tl.int64)
+    scores += row * row_length
+    shares += row * row_length
+    largest = tl.full([KEYS], float("-inf"), tl.float32)
+    for start in range(0, keys, KEYS):
+        key = start + tl.arange(0, KEYS)
+        largest = tl.maximum(largest, tl.load(scores + key, key < keys, other=float("-inf")))
+    largest = tl.max(largest, 0)
+    total = tl.zeros([KEYS], tl.float32)
+    for start in range(0, row_length, KEYS):
+        key = start + tl.arange(0, KEYS)
+        share = tl.exp((tl.load(scores + key, key < keys, other=float("-inf")) - largest) * factor)
+        total += share
+        tl.store(shares + key, share.to(shares.dtype.element_ty), key < row_length)
+    tl.store(sums + row, tl.sum(total, 0))
 
 
 def bordered(pieces: Iterable[tuple[int, Tensor]], start: int, stop: int, height: int, border: Border,
@@ -169,6 +197,8 @@ def bordered(pieces: Iterable[tuple[int, Tensor]], start: int, stop: int, height
 
 def add(x: Tensor, y: Tensor | None, bias: Tensor | None, moments: "FusedMoments | None" = None) -> None:
     """See :class:`.passes.Passes`."""
+    if y is None and bias is None and moments is None:
+        return
     frames, channels, rows, width = x.shape
     pixels = PIXELS if moments is None else MEASURED
     programs = triton.cdiv(rows * width, pixels)
@@ -189,17 +219,28 @@ def interleaved(made: Tensor, bias: Tensor, first: int, out: Tensor) -> None:
                              COLUMNS=COLUMNS, CHANNELS=CHANNELS, num_warps=WARPS)
 
 
+def shares(scores: Tensor, keys: int, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See :class:`.passes.Passes`."""
+    out, sums = torch.empty_like(scores, dtype=dtype), scores.new_empty(*scores.shape[:-1], 1)
+    _shares[(sums.numel(),)](scores, out, sums, keys, scores.shape[-1], factor, KEYS=KEYS, num_warps=WARPS_OF_KEYS)
+    return out, sums
+
+
 def _grid(x: Tensor) -> tuple[int, int, int]:
     frames, channels, rows, width = x.shape
     return frames * rows, triton.cdiv(width, COLUMNS), triton.cdiv(channels, CHANNELS)
 
 
 class FusedMoments(Moments):
-    """From sums of up to MEASURED pixels, which are added up in double precision when all are there."""
+    """From sums of up to MEASURED pixels, which are added up in double precision when all are there.
+
+    missing: bias that the values lack, which :meth:`affine` brings.
+    """
 
     def __init__(self, by_frame: bool):
         self.by_frame = by_frame
         self.parts: list[Tensor] = []
+        self.missing: Tensor | None = None
 
     def add(self, strip: Tensor) -> None:
         add(strip, None, None, self)
@@ -223,12 +264,12 @@ class FusedMoments(Moments):
         frames, count, _, channels = entries.shape
         size = channels // groups
         made = entries.new_empty((2, frames, channels, 1, 1))
-        _affine[frames, groups](entries, weight, bias, made, count, channels, eps, size, SIZE=triton.next_power_of_2(size),
-                                PARTS=PARTS)
+        _affine[frames, groups](entries, weight, bias, bias if self.missing is None else self.missing, made, count, channels,
+                                eps, size, MISSING=self.missing is not None, SIZE=triton.next_power_of_2(size), PARTS=PARTS)
         return made[0], made[1]
 
 
-FUSED = Passes(bordered, add, interleaved, FusedMoments, late_bias=True)
+FUSED = Passes(bordered, add, interleaved, FusedMoments, shares, late_bias=True)
 
 
 def try_out(device: torch.device) -> None:
@@ -239,3 +280,4 @@ def try_out(device: torch.device) -> None:
     affine = moments.affine(bias, bias, 1, 1.0)
     bordered([(0, x)], 0, 1, 1, Border((0, 0), "zeros"), affine, x.clone())
     interleaved(x.new_zeros(1, 4, 2, 2), bias, 0, x.new_empty(1, 1, 2, 2))
+    shares(x[0, 0], 1, 1.0, x.dtype)

@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import arena, products
+from .passes import Shares
 from .winograd import COLUMNS, ROWS, TIME, Product, doubled, doubled_by_pairs, filtered, halved, halves
 
 FEW = 4  # frames that the libraries convolve at a time: what they give stays in the caches, and little of it in the heap
-SCORES, SCORES_ELSEWHERE = 2 ** 21, 2 ** 27  # values that queries make with keys at a time, on the CPU and elsewhere
+# Values that queries make with keys at a time: on the CPU, elsewhere, and where they are kept in float32 in between.
+SCORES, SCORES_ELSEWHERE, SCORES_KEPT = 2 ** 21, 2 ** 27, 2 ** 25
+ALIGNED = 8  # keys; rows of their scores begin where matrix units like to read
 STACKED = 16  # channels that a GPU's matrix units take at once; of three they make a fifth of the speed
 WIDE = 32  # channels from which on the CPU gains by convolving in two dimensions, frame by frame
 # Channels from which on four outputs in time are made at once.  With fewer, that saves little time over two, and in
@@ -34,6 +37,9 @@ BY_PRODUCTS = torch.backends.cpu.get_cpu_capability() != "AVX512"
 ASKS_CUDNN = (torch.version.cuda is not None and torch.__version__.split(".")[:2] in (["2", "9"], ["2", "10"])
               and 91002 <= (torch.backends.cudnn.version() or 0) < 91500)
 
+# Products of half-precision matrices that stay in float32 came with PyTorch 2.8, for CUDA.
+WIDE_PRODUCTS = torch.version.cuda is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+
 
 def empty(like: Tensor, frames: int, channels: int, height: int, width: int) -> Tensor:
     """Room for an activation, in the layout in which its device computes best.
@@ -44,6 +50,11 @@ def empty(like: Tensor, frames: int, channels: int, height: int, width: int) -> 
     channels_first = like.device.type == "cpu" and not BY_PRODUCTS
     layout = torch.contiguous_format if channels_first else torch.channels_last
     return arena.empty(like, (frames, channels, height, width), layout)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """``x`` as the kernels of its device like it best; on the CPU as it is."""
+    return x if x.device.type == "cpu" else x.contiguous(memory_format=torch.channels_last)
 
 
 def for_stills(weight: Tensor, time_mode: str, front: int) -> Tensor:
@@ -119,8 +130,13 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return F.conv1d(b[None], a[..., None])[0]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Self-attention over the positions of each frame, [T, C, h, w]; a few rows of queries at a time."""
+def attend(q: Tensor, k: Tensor, v: Tensor, shares: Shares | None = None) -> Tensor:
+    """Self-attention over the positions of each frame, [T, C, h, w]; a few rows of queries at a time.
+
+    shares: see :class:`.passes.Passes`.
+    """
+    if shares is not None and WIDE_PRODUCTS:
+        return _attend_by_products(q, k, v, shares)
     scores = SCORES if q.device.type == "cpu" else SCORES_ELSEWHERE
     rows = max(1, scores // (k[0, 0].numel() * q.shape[3]))
     out = torch.empty_like(q)
@@ -135,11 +151,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[C, queries], [C, positions], [C, positions] -> [C, queries]."""
     if not _float32_on_cpu(q):
-        # Memory-efficient kernels want the channels of a position together, which a norm of torch's leaves apart.
+        # Memory-efficient kernels want the channels of a position together.
         q, k, v = (x.t().contiguous()[None, None] for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v)[0, 0].t()
     shares = multiply(k.t() * k.shape[0] ** -0.5, q).softmax(0)
     return multiply(v, shares)
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, shares: Shares) -> Tensor:
+    """Scores in memory, in float32: a fused kernel would hold them in registers, but of 512 channels they leave it none."""
+    height, width = q.shape[2:]
+    q, k, v = (x.movedim(1, -1).flatten(1, 2) for x in (q, k, v))
+    frames, positions, channels = q.shape
+    if spare := -positions % ALIGNED:
+        k, v = (F.pad(x, (0, 0, 0, spare)) for x in (k, v))
+    out = torch.empty_like(q)
+    rows = min(positions, max(1, SCORES_KEPT // k.shape[1]))
+    together = max(1, SCORES_KEPT // (rows * k.shape[1]))
+    for part in (slice(frame, frame + together) for frame in range(0, frames, together)):
+        for some in (slice(row, row + rows) for row in range(0, positions, rows)):
+            scores = _wide_product(q[part, some], k[part].transpose(1, 2))
+            seen, sums = shares(scores, positions, channels ** -0.5, q.dtype)
+            torch.div(_wide_product(seen, v[part]), sums, out=out[part, some])
+    return out.movedim(-1, 1).unflatten(2, (height, width))
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """[N, I, J] by [N, J, K], in float32."""
+    return a @ b if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
 
 
 def _by_tap(weight: Tensor) -> bool:

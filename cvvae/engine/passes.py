@@ -35,6 +35,7 @@ class Border:
 
 Activate = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 Sums = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Shares = Callable[[Tensor, int, float, torch.dtype], tuple[Tensor, Tensor]]
 
 
 class Moments:
@@ -91,6 +92,8 @@ class Passes(NamedTuple):
     interleaved: (made, bias, first, out) writes the rows from ``first`` on of the picture twice as large whose pixels are
     ``made`` [T, 4K, H + 1, W + 1], see kernels.phases.  None: up-sampling takes another way.
     moments: by frame or not -> what measures an activation.
+    shares: (scores, keys, factor, dtype) -> exp(factor * scores), by row as shares of its largest, of ``dtype``, and their
+    sum, float32.  scores: [..., K] float32, of which the first ``keys`` count.  None: attention takes another way.
     late_bias: biases are added behind convolutions, by ``add``.
     """
 
@@ -98,6 +101,7 @@ class Passes(NamedTuple):
     add: Callable[[Tensor, Tensor | None, Tensor | None, Moments | None], None]
     interleaved: Callable[[Tensor, Tensor, int, Tensor], None] | None
     moments: Callable[[bool], Moments]
+    shares: Shares | None
     late_bias: bool
 
 
@@ -188,7 +192,7 @@ def _in_parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _passes(activate: Activate, sums: Sums, interleaves: bool) -> Passes:
     return Passes(partial(_bordered, activate), _add, interleaved if interleaves else None, partial(Moments, sums=sums),
-                  late_bias=False)
+                  shares=None, late_bias=False)
 
 
 EAGER = _passes(activate, sums, interleaves=False)

@@ -32,6 +32,7 @@ def small_programs(monkeypatch):
     monkeypatch.setattr(fused, "PIXELS", 16)
     monkeypatch.setattr(fused, "MEASURED", 32)
     monkeypatch.setattr(fused, "PARTS", 2)
+    monkeypatch.setattr(fused, "KEYS", 16)
 
 
 def laid_out(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -83,6 +84,21 @@ def test_added_and_measured(by_frame, biased, added):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("by_frame", [False, True])
+def test_a_norm_s_factors_bring_a_bias_that_the_values_lack(by_frame):
+    x, missing = laid_out(3, 24, 9, 7), 10 * noise(24, seed=1).to(DEVICE)
+    weight, bias = noise(24, seed=2).to(DEVICE), noise(24, seed=3).to(DEVICE)
+    lacking, whole = fused.FusedMoments(by_frame), passes.EAGER.moments(by_frame)
+    lacking.add(x)
+    lacking.missing = missing
+    there = x + missing[:, None, None]
+    whole.add(there)
+    scale, shift = lacking.affine(weight, bias, 4, 1e-5)
+    expected_scale, expected_shift = whole.affine(weight, bias, 4, 1e-5)
+    assert torch.allclose(scale, expected_scale, rtol=1e-5)
+    assert torch.allclose(x * scale + shift, there * expected_scale + expected_shift, atol=1e-5)
+
+
 def test_adding_without_measuring():
     x, y, bias = laid_out(3, 24, 9, 7), laid_out(3, 24, 9, 7, seed=1), noise(24, seed=2).to(DEVICE)
     out = x.clone()
@@ -101,6 +117,27 @@ def test_phases_are_nearest_then_convolution(first, rows, made):
     out = empty(2, 17, rows, 8)
     made(phases, bias, first, out)
     assert torch.allclose(out, expected[:, :, first:first + rows], atol=1e-5)
+
+
+def test_shares():
+    scores = 5 * noise(2, 3, 40).to(DEVICE)
+    shares, sums = fused.shares(scores, 37, 0.5, torch.float32)
+    assert shares.shape == scores.shape and not shares[..., 37:].any()
+    assert torch.allclose(shares[..., :37] / sums, (0.5 * scores[..., :37]).softmax(-1), atol=1e-6)
+    assert torch.equal(shares.amax(-1), torch.ones(2, 3, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 5e-6)] + [(torch.float16, 5e-3)] * (not STEP_BY_STEP))
+@pytest.mark.parametrize("kept", [100, 40 * 35, 2 ** 25])
+def test_attention_by_products(kept, dtype, most, monkeypatch):
+    """A few queries, one frame and all frames at a time; 35 keys."""
+    monkeypatch.setattr(kernels, "WIDE_PRODUCTS", True)
+    monkeypatch.setattr(kernels, "SCORES_KEPT", kept)
+    q, k, v = (2 * laid_out(3, 16, 5, 7, seed=seed) for seed in range(3))
+    flat = [x.double().flatten(2).transpose(1, 2) for x in (q, k, v)]
+    expected = nn.functional.scaled_dot_product_attention(*flat).transpose(1, 2).unflatten(2, (5, 7))
+    found = kernels.attend(q.to(dtype), k.to(dtype), v.to(dtype), fused.shares)
+    assert found.dtype == dtype and distance(found, expected) < most
 
 
 SIZES = [("v1", 5, 16), ("sd3", 1, 16)] if STEP_BY_STEP else [(variant, t, 40) for variant in VARIANTS for t in (1, 5, 13)]
