@@ -10,6 +10,7 @@ one latent that means the later window's is dropped.  At the default values this
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -189,6 +190,7 @@ class Tile:
         return weight
 
 
+@lru_cache(maxsize=64)
 def _ramps(span: Span, scale: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
     """Rising and falling ramps along ``span``, both 1 where nothing is shared."""
     rise, fall = torch.ones(2, len(span) * scale, device=device)

@@ -57,16 +57,20 @@ class Autoencoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def _compute(self, network: nn.Module, x: Tensor, stills: bool, memory: int | None = None, check: Check = nothing,
-                 statistics: engine.Statistics | None = None, folded: engine.Folded | None = None) -> Tensor:
-        """Run ``network`` on [1, C, T, H, W]: a clip, or T independent images ("stills")."""
-        if self.executor not in EXECUTORS:
-            raise ValueError(f"executor is {self.executor!r}; it must be one of {', '.join(map(repr, EXECUTORS))}.")
-        if self.executor != "plain" and engine.knows(network):
+    def _compute(self, network: nn.Module, x: Tensor, stills: bool, fast: bool, memory: int | None = None,
+                 check: Check = nothing, statistics: engine.Statistics | None = None,
+                 folded: engine.Folded | None = None) -> Tensor:
+        """Run ``network`` on [1, C, T, H, W]: a clip, or T independent images ("stills"); ``fast``: by the engine."""
+        if fast:
             return engine.run(network, x, stills, memory, check, self.weights_of, statistics, self.executor == "compiled",
                               folded)
         check()
         return torch.cat([network(part) for part in x.split(1, dim=2)], dim=2) if stills else network(x)
+
+    def _uses_engine(self, network: nn.Module) -> bool:
+        if self.executor not in EXECUTORS:
+            raise ValueError(f"executor is {self.executor!r}; it must be one of {', '.join(map(repr, EXECUTORS))}.")
+        return self.executor != "plain" and engine.knows(network)
 
 
 class ImageVAE(Autoencoder):
@@ -88,7 +92,8 @@ class ImageVAE(Autoencoder):
         return self._stills(self.decoder, latents, lambda x: x)
 
     def _stills(self, network: nn.Module, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
-        done = [self._compute(network, prepare(part.transpose(0, 1)[None].to(self.device, self.dtype)), stills=True)
+        fast = self._uses_engine(network)
+        done = [self._compute(network, prepare(part.transpose(0, 1)[None].to(self.device, self.dtype)), True, fast)
                 for part in images.split(self.BATCH)]
         return torch.cat(done, dim=2)[0].transpose(0, 1).to(images.device)
 
@@ -217,8 +222,8 @@ class Run:
             tiling = replace(tiling, statistics="window")  # each picture is a clip of one
         of_clip = (1 if self.stills else size[0], *size[1:])
         self.memory = None
-        fast = vae.executor != "plain" and engine.knows(network)
-        if fast:
+        self.fast = vae._uses_engine(network)
+        if self.fast:
             window = (min(of_clip[0], tiling.window or of_clip[0]), *size[1:])
             self.memory = engine.budget(tiling.memory, self.device)
             tiling = engine.fitting(tiling, self.memory, vae.config, self.encodes, window, vae.dtype, self.device)
@@ -226,9 +231,9 @@ class Run:
         self.plan = make_plan(*of_clip, tiling)
         self.passes = self.plan.passes(tiling.statistics)
         self.together, self.folded = engine.Together(1, 1, 0), None
-        if fast and self.stills:
+        if self.fast and self.stills:
             self.together = engine.together(vae.config, self.encodes, pictures, self.plan.tiles, self.passes > 1, vae.dtype,
-                                            self.device, self.memory, engine.folded_bytes(network, vae.dtype))
+                                            self.device, self.memory, partial(engine.folded_bytes, network, vae.dtype))
         if self.together.folded:
             # For as long as this run, in which the weights stay as they are.
             self.folded = {}
@@ -328,7 +333,8 @@ class Run:
             rows, cols = ((span.pixels() if self.encodes else span.latents()) for span in (tile.rows, tile.cols))
             parts.append(x[..., rows, cols])
         part = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        return self.vae._compute(self.network, part, self.stills, self.memory, self.check, statistics, self.folded)
+        return self.vae._compute(self.network, part, self.stills, self.fast, self.memory, self.check, statistics,
+                                 self.folded)
 
 
 def _join(groups: list[list[Tile]], scale: int, compute: Callable[[list[Tile]], Tensor],

@@ -424,6 +424,11 @@ class TestMemory:
         assert strip_rows(17, 576, 128) == rows and keeps == kept
         assert memory is None or tile._peak_elsewhere(10 ** 6 * {96: 256, 48: 128, 24: 64, 8: 32}[rows]) <= memory
 
+    @pytest.mark.parametrize("frames, rows", [(4, 576), (5, 344)])
+    def test_a_gpu_does_not_cut_a_layer_little_larger_than_a_strip(self, frames, rows):
+        strip_rows, _ = engine.Footprint(False, frames, 576, 576, 128, 256, 512, 2, "cuda").plan(None)
+        assert strip_rows(frames, 576, 128) == rows
+
     def test_below_that_strips_are_computed_again(self):
         strip_rows, keeps = engine.Footprint(False, 17, 576, 576, 128, 256, 512, 2, "cuda").plan(2 * 10 ** 9)
         assert strip_rows(17, 576, 128) < 8 and keeps < 2 * 10 ** 9
@@ -455,12 +460,13 @@ class TestMemory:
         plan = make_plan(1, 72, 56 * tiles + 16, cvvae.Tiling(17, 576, 128))
         assert len(plan.tiles) == tiles
         assert found == engine.together(config, False, pictures, plan.tiles, False, torch.float16, torch.device(device),
-                                        memory, folded=7)
+                                        memory, lambda: 7)
 
     def test_tiles_that_share_statistics_come_one_by_one(self):
         config = cvvae.Config("v1", 4, (128, 256, 512, 512), 2)
         tiles = make_plan(1, 72, 128, cvvae.Tiling(17, 576, 128)).tiles
-        assert (1, 1, 7) == engine.together(config, False, 9, tiles, True, torch.float16, torch.device("cuda"), None, 7)
+        assert (1, 1, 7) == engine.together(config, False, 9, tiles, True, torch.float16, torch.device("cuda"), None,
+                                            lambda: 7)
 
     def test_auto_is_less_than_the_machine_has(self):
         import psutil

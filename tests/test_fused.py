@@ -43,13 +43,14 @@ def test_kernels_compile(dtype):
         return bool(compiled(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"])
 
     data, size = f"*{dtype}", {"COLUMNS": fused.COLUMNS, "CHANNELS": fused.CHANNELS}
+    behind = size | {"COLUMNS": fused.AT_A_TIME}
     for on in (False, True):
         assert compiles(fused._bordered, {"x": data, "out": data, "scale": "*fp32", "shift": "*fp32"},
                         size | {"NORMALISED": on, "BLACK_TIME": not on, "BLACK_SPACE": on})
         assert compiles(fused._finished, {"x": data, "y": data, "bias": data, "parts": "*fp32"},
-                        size | {"BIASED": on, "ADDED": on, "MEASURED": True, "PIXELS": fused.MEASURED})
+                        behind | {"BIASED": on, "ADDED": on, "MEASURED": True, "PIXELS": fused.MEASURED})
     assert compiles(fused._finished, {"x": data, "y": data, "bias": data, "parts": data},
-                    size | {"BIASED": True, "ADDED": False, "MEASURED": False, "PIXELS": fused.PIXELS})
+                    behind | {"BIASED": True, "ADDED": False, "MEASURED": False, "PIXELS": fused.PIXELS})
     assert compiles(fused._interleaved, {"made": data, "bias": data, "out": data}, size)
     for on in (False, True):
         assert compiles(fused._affine, {"parts": "*fp32", "weight": data, "bias": data, "missing": data, "affine": "*fp32"},

@@ -165,8 +165,9 @@ def settle(made: Sequence[Activation], parents: Sequence[Activation], store: Sto
         else:
             size = sum(piece.nbytes for piece in pieces)
             # What takes the place of its parents may fill the store; else room stays for those that will.
-            replaced = sum(parent.bytes_kept(*rows, height) for parent in parents)
-            room = store.has_room(size if replaced >= size else (1 + RESERVE) * size)
+            room = store.has_room((1 + RESERVE) * size)
+            if not room and store.has_room(size):
+                room = sum(parent.bytes_kept(*rows, height) for parent in parents) >= size
             for activation, piece in zip(made, pieces, strict=True):
                 if room:
                     activation.kept[i] = store.keep(piece)

@@ -13,13 +13,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from .passes import Border, Moments, Passes
 
 COLUMNS, CHANNELS, WARPS = 32, 128, 4
-PIXELS, MEASURED = 64, 512  # that one program takes, and where it makes sums of them
+PIXELS, MEASURED = 64, 512  # that one program takes behind a convolution, and where it makes sums of them
+AT_A_TIME = 16  # of those
 PARTS = 64  # of those that are added up at a time
 KEYS, WARPS_OF_KEYS = 2048, 8  # of a row of scores
+
+_compiled: dict[tuple, CompiledKernel | None] = {}  # None in Triton's interpreter
+# Whether kernels can be launched by what Triton compiled; on AMD's GPUs that depends on more than is looked at here.
+_short = torch.version.hip is None
 
 
 @triton.jit(do_not_specialize=["frames", "height", "width", "rows_out", "columns_out", "front", "top", "left", "factors"])
@@ -188,9 +194,10 @@ def bordered(pieces: Iterable[tuple[int, Tensor]], start: int, stop: int, height
         last = stop if behind == min(stop, height) else behind
         place = out[:, :, first - start:last - start]
         frames, channels, rows, width = piece.shape
-        _bordered[_grid(place)](
-            piece, place, scale, shift, frames, rows, width, channels, *piece.stride(), *place.shape[2:],
-            *place.stride(), border.time[0], row - first, border.space[0], channels if scale.shape[0] > 1 else 0,
+        _launch(
+            _bordered, _grid(place), piece, place, scale, shift, frames, rows, width, channels, *piece.stride(),
+            *place.shape[2:], *place.stride(), border.time[0], row - first, border.space[0],
+            channels if scale.shape[0] > 1 else 0,
             NORMALISED=affine is not None, BLACK_TIME=border.time_mode == "zeros", BLACK_SPACE=border.space_mode == "zeros",
             COLUMNS=COLUMNS, CHANNELS=CHANNELS, num_warps=WARPS)
 
@@ -207,23 +214,42 @@ def add(x: Tensor, y: Tensor | None, bias: Tensor | None, moments: "FusedMoments
         parts = x.new_empty((frames, programs, 3, channels), dtype=torch.float32)
         moments.parts.append(parts)
     other = x if y is None else y
-    _finished[frames * programs, triton.cdiv(channels, CHANNELS)](
-        x, other, x if bias is None else bias, parts, rows, width, channels, programs, *x.stride(), *other.stride(),
-        BIASED=bias is not None, ADDED=y is not None, MEASURED=moments is not None, PIXELS=pixels, COLUMNS=COLUMNS,
+    _launch(
+        _finished, (frames * programs, triton.cdiv(channels, CHANNELS), 1), x, other, x if bias is None else bias, parts,
+        rows, width, channels, programs, *x.stride(), *other.stride(),
+        BIASED=bias is not None, ADDED=y is not None, MEASURED=moments is not None, PIXELS=pixels, COLUMNS=AT_A_TIME,
         CHANNELS=CHANNELS, num_warps=WARPS)
 
 
 def interleaved(made: Tensor, bias: Tensor, first: int, out: Tensor) -> None:
     """See :class:`.passes.Passes`."""
-    _interleaved[_grid(out)](made, bias, out, *out.shape[2:], out.shape[1], *made.stride(), *out.stride(), first,
-                             COLUMNS=COLUMNS, CHANNELS=CHANNELS, num_warps=WARPS)
+    _launch(_interleaved, _grid(out), made, bias, out, *out.shape[2:], out.shape[1], *made.stride(), *out.stride(), first,
+            COLUMNS=COLUMNS, CHANNELS=CHANNELS, num_warps=WARPS)
 
 
 def shares(scores: Tensor, keys: int, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :class:`.passes.Passes`."""
     out, sums = torch.empty_like(scores, dtype=dtype), scores.new_empty(*scores.shape[:-1], 1)
-    _shares[(sums.numel(),)](scores, out, sums, keys, scores.shape[-1], factor, KEYS=KEYS, num_warps=WARPS_OF_KEYS)
+    _launch(_shares, (sums.numel(), 1, 1), scores, out, sums, keys, scores.shape[-1], factor, KEYS=KEYS,
+            num_warps=WARPS_OF_KEYS)
     return out, sums
+
+
+def _launch(kernel: triton.JITFunction, grid: tuple[int, int, int], *values: Tensor | float, num_warps: int,
+            **constants: int) -> None:
+    """``kernel[grid](*values, **constants)``, but what Triton compiled once is launched without asking it again.
+
+    It takes 30 to 60 microseconds to find that out, longer than many of these kernels run.  It compiles anew for other
+    types and constants, and where a pointer becomes a multiple of 16, or a whole number that or 1, or ceases to be.
+    """
+    kinds = [("one" if value == 1 else (value % 16 == 0) + 2 * (value >> 31)) if value.__class__ is int
+             else None if value.__class__ is float else (value.dtype, value.data_ptr() % 16) for value in values]
+    key = id(kernel), values[0].device, *constants.values(), *kinds
+    compiled = _compiled.get(key) if _short else None
+    if compiled is None:
+        _compiled[key] = kernel[grid](*values, num_warps=num_warps, **constants)
+    else:
+        compiled[grid](*values, *constants.values())
 
 
 def _grid(x: Tensor) -> tuple[int, int, int]:
@@ -264,8 +290,9 @@ class FusedMoments(Moments):
         frames, count, _, channels = entries.shape
         size = channels // groups
         made = entries.new_empty((2, frames, channels, 1, 1))
-        _affine[frames, groups](entries, weight, bias, bias if self.missing is None else self.missing, made, count, channels,
-                                eps, size, MISSING=self.missing is not None, SIZE=triton.next_power_of_2(size), PARTS=PARTS)
+        missing = bias if self.missing is None else self.missing
+        _launch(_affine, (frames, groups, 1), entries, weight, bias, missing, made, count, channels, eps, size,
+                MISSING=self.missing is not None, SIZE=triton.next_power_of_2(size), PARTS=PARTS, num_warps=WARPS)
         return made[0], made[1]
 
 
@@ -273,7 +300,16 @@ FUSED = Passes(bordered, add, interleaved, FusedMoments, shares, late_bias=True)
 
 
 def try_out(device: torch.device) -> None:
-    """Compile and run each kernel once; raises what Triton does where it or its compiler does not work."""
+    """Compile and run each kernel; raises what Triton does where it or its compiler does not work."""
+    global _short
+    _run_all(device)
+    try:
+        _run_all(device)
+    except TypeError:  # Triton's launchers took other values until 3.3
+        _short = False
+
+
+def _run_all(device: torch.device) -> None:
     x, bias = torch.zeros(1, 1, 1, 1, device=device), torch.zeros(1, device=device)
     moments = FusedMoments(by_frame=False)
     add(x, x, bias, moments)

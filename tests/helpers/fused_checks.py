@@ -31,6 +31,7 @@ def small_programs(monkeypatch):
     monkeypatch.setattr(fused, "CHANNELS", 16)
     monkeypatch.setattr(fused, "PIXELS", 16)
     monkeypatch.setattr(fused, "MEASURED", 32)
+    monkeypatch.setattr(fused, "AT_A_TIME", 8)
     monkeypatch.setattr(fused, "PARTS", 2)
     monkeypatch.setattr(fused, "KEYS", 16)
 
@@ -117,6 +118,63 @@ def test_phases_are_nearest_then_convolution(first, rows, made):
     out = empty(2, 17, rows, 8)
     made(phases, bias, first, out)
     assert torch.allclose(out, expected[:, :, first:first + rows], atol=1e-5)
+
+
+class TestLaunches:
+    """What Triton compiled is launched again only for values that it would compile no other kernel for."""
+
+    @pytest.fixture
+    def kernel(self, monkeypatch):
+        """Gives out its launches by Triton as names, and takes those that go past it."""
+        class Kernel:
+            asked, short = 0, []
+
+            def __getitem__(self, grid):
+                def compiled(*values, **constants):
+                    self.asked += 1
+                    return {grid: lambda *values: self.short.append(values)}
+
+                return compiled
+
+        monkeypatch.setattr(fused, "_compiled", {})
+        monkeypatch.setattr(fused, "_short", True)
+        return Kernel()
+
+    def launch(self, kernel, *values, size=1):
+        fused._launch(kernel, (1, 1, 1), *values, SIZE=size, num_warps=4)
+
+    def test_again(self, kernel):
+        x = torch.zeros(8)
+        self.launch(kernel, x, 3, 32, 0.5)
+        self.launch(kernel, torch.ones(8), 5, 48, 0.25)
+        (again,) = kernel.short
+        assert kernel.asked == 1 and again[1:] == (5, 48, 0.25, 1) and torch.equal(again[0], torch.ones(8))
+
+    @pytest.mark.parametrize("values", [
+        (torch.zeros(8), 1), (torch.zeros(8), 5), (torch.zeros(8), -5), (torch.zeros(8), 2 ** 31), (torch.zeros(8)[1:], 32),
+        (torch.zeros(8, dtype=torch.float16), 32), (torch.zeros(8, device="meta"), 32)])
+    def test_other_kinds(self, kernel, values):
+        self.launch(kernel, torch.zeros(8), 32)
+        self.launch(kernel, *values)
+        assert kernel.asked == 2 and not kernel.short
+
+    def test_other_constants(self, kernel):
+        self.launch(kernel, torch.zeros(8), 32)
+        self.launch(kernel, torch.zeros(8), 32, size=2)
+        assert kernel.asked == 2
+
+    def test_where_triton_takes_other_values(self, kernel, monkeypatch):
+        """Its older launchers do; then every launch goes through Triton."""
+        def run_all(device):
+            if fused._compiled:
+                raise TypeError("function takes exactly 9 arguments (10 given)")
+            self.launch(kernel, torch.zeros(8), 32)
+
+        monkeypatch.setattr(fused, "_run_all", run_all)
+        fused.try_out(torch.device("cpu"))
+        assert not fused._short
+        self.launch(kernel, torch.zeros(8), 32)
+        assert kernel.asked == 2 and not kernel.short
 
 
 def test_shares():
