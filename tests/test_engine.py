@@ -429,9 +429,11 @@ class TestMemory:
         strip_rows, _ = engine.Footprint(False, frames, 576, 576, 128, 256, 512, 2, "cuda").plan(None)
         assert strip_rows(frames, 576, 128) == rows
 
-    def test_below_that_strips_are_computed_again(self):
-        strip_rows, keeps = engine.Footprint(False, 17, 576, 576, 128, 256, 512, 2, "cuda").plan(2 * 10 ** 9)
-        assert strip_rows(17, 576, 128) < 8 and keeps < 2 * 10 ** 9
+    @pytest.mark.parametrize("device, memory, rows", [("cuda", 2_900, 8), ("cuda", 2_000, 4), ("cuda", 1_350, 4),
+                                                      ("cuda", 1_250, 2), ("cpu", 2_000, 2)])
+    def test_below_that_strips_are_computed_again(self, device, memory, rows):
+        strip_rows, keeps = engine.Footprint(False, 17, 576, 576, 128, 256, 512, 2, device).plan(memory * 10 ** 6)
+        assert strip_rows(17, 576, 128) == rows and 0 < keeps < 10 ** 6 * memory
 
     @pytest.mark.parametrize("pictures, at_once, made", [
         (1, (1, 4), [4, 2]), (3, (1, 4), 3 * [4, 2]), (5, (4, 1), 6 * [4] + 6 * [1]), (2, (2, 2), 3 * [4])])

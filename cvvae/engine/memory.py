@@ -32,6 +32,9 @@ STRIP_BYTES_ELSEWHERE = 256 * 10 ** 6
 LOW_STRIP = 8  # rows; in lower ones the rows that neighbours share cost too much
 LOW_STRIP_PICTURE = 4  # rows; as many as Winograd's method makes at once
 LOWEST_STRIP = 2  # rows; where memory is short
+# Rows where strips are computed again on a GPU, which takes three times as long for two at a time; and of what memory.
+LOW_STRIP_AGAIN, SHARE_AGAIN = 4, 100
+SHARE_AGAIN_CPU = 250
 # Strips, with their borders, that are in flight while everything needed again is kept; not on the CPU.
 SHALLOW_ENCODER, SHALLOW_DECODER = 4, 6
 # On the CPU, by "encodes" and "is a picture": some layers where they are small, else so many bytes and a share of a layer,
@@ -94,9 +97,12 @@ class Footprint:
     def least(self) -> int:
         """Bytes below which computing strips again would cost more than smaller tiles do.
 
-        Then not even what the last up-sampler starts from (an eighth of its result) could be kept.
+        Then not even what the last up-sampler starts from could be kept.
         """
-        return min(self.peak(), self._deep(LOWEST_STRIP) + self.kept() // 6)
+        return min(self.peak(), self._deep(LOWEST_STRIP) + self._start())
+
+    def _start(self) -> int:
+        return self.kept() // 6  # what the last up-sampler starts from, an eighth of its result, and some more
 
     def plan(self, memory: int | None) -> tuple[Callable[[int, int, int], int], int | None]:
         """How to compute within ``memory``: (frames, width, channels) of a layer -> rows of a strip, and bytes to keep."""
@@ -110,8 +116,15 @@ class Footprint:
                 if memory >= self._peak_elsewhere(strip):
                     return partial(self._rows, strip), None
         # As few rows in smaller layers too: there are many more of them, and what they hold adds up.
-        rows = self._rows_of(min(self._strip_bytes(), memory // 250), LOWEST_STRIP)
+        rows = self._rows_again(memory)
         return lambda *_: rows, max(0, memory - self._deep(rows))
+
+    def _rows_again(self, memory: int) -> int:
+        if self.device != "cpu":
+            rows = self._rows_of(min(self._strip_bytes(), memory // SHARE_AGAIN), LOW_STRIP_AGAIN)
+            if self._deep(rows) + self._start() <= memory:
+                return rows
+        return self._rows_of(min(self._strip_bytes(), memory // SHARE_AGAIN_CPU), LOWEST_STRIP)
 
     def _rows(self, strip: int, frames: int, width: int, channels: int) -> int:
         rows = self._strip(frames, width, self.channels, strip, self._low())
