@@ -190,6 +190,19 @@ class Tile:
         return weight
 
 
+def equal_in_turn(tiles: list[Tile], most: int) -> list[list[Tile]]:
+    """``tiles`` in their order, those of one size that follow each other together, but no more than ``most``."""
+    groups: list[list[Tile]] = []
+    for tile in tiles:
+        last = groups[-1] if groups else []
+        equal = last and (len(last[0].rows), len(last[0].cols)) == (len(tile.rows), len(tile.cols))
+        if equal and len(last) < most:
+            last.append(tile)
+        else:
+            groups.append([tile])
+    return groups
+
+
 @lru_cache(maxsize=64)
 def _ramps(span: Span, scale: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
     """Rising and falling ramps along ``span``, both 1 where nothing is shared."""

@@ -15,7 +15,7 @@ from .config import Config
 from .frames import SPACE_FACTOR, frames_of, latent_side, latents_of, padded_frames, padded_size, pictures_of
 from .model import Decoder, Encoder
 from .posterior import Posterior
-from .tiling import WHOLE, Span, Tile, Tiling, make_plan
+from .tiling import WHOLE, Span, Tile, Tiling, equal_in_turn, make_plan
 from .transfer import fetched, sent
 
 MODES = ("video", "image")
@@ -308,23 +308,12 @@ class Run:
             statistics.pool()
         scale = 1 if self.encodes else SPACE_FACTOR
         # No closure: an error's frames keep theirs, and with it the window, for as long as the error is kept.
-        whole = _join(self._groups(), scale, partial(self._tiles, x, statistics), step)
+        groups = equal_in_turn(self.plan.tiles, self.together.tiles)  # those of pictures are as many stills
+        whole = _join(groups, scale, partial(self._tiles, x, statistics), step)
         if self.vae.dtype == torch.float16 and not whole.isfinite().all() and x.isfinite().all():
             raise FloatingPointError(f"{'Encoding' if self.encodes else 'Decoding'} in float16 gave values that are not "
                                      "finite: these weights need a wider range. Load the model in bfloat16 or float32.")
         return whole
-
-    def _groups(self) -> list[list[Tile]]:
-        """Tiles that are computed at once: equal ones of pictures, which are as many stills."""
-        groups: list[list[Tile]] = []
-        for tile in self.plan.tiles:
-            last = groups[-1] if groups else []
-            equal = last and (len(last[0].rows), len(last[0].cols)) == (len(tile.rows), len(tile.cols))
-            if equal and len(last) < self.together.tiles:
-                last.append(tile)
-            else:
-                groups.append([tile])
-        return groups
 
     def _tiles(self, x: Tensor, statistics: engine.Statistics | None, tiles: list[Tile]) -> Tensor:
         """Of a clip one; of pictures several, one behind the other along time."""

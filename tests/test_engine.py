@@ -464,6 +464,24 @@ class TestMemory:
         assert found == engine.together(config, False, pictures, plan.tiles, False, torch.float16, torch.device(device),
                                         memory, lambda: 7)
 
+    @pytest.mark.parametrize("side, at_once", [(72, 1), (96, 1), (128, 4)])
+    def test_only_equal_tiles_of_a_picture_are_computed_together(self, side, at_once):
+        config = cvvae.Config("v1", 4, (128, 256, 512, 512), 2)
+        tiles = make_plan(1, side, side, cvvae.Tiling(17, 576, 128)).tiles
+        found = engine.together(config, False, 1, tiles, False, torch.float16, torch.device("cuda"), None, lambda: 7)
+        assert found == (1, at_once, 7 if side == 96 else 0)
+
+    @pytest.mark.parametrize("encodes, size, pictures, peak", [
+        (True, (1, 128, 128), 1, 1389), (False, (1, 128, 128), 1, 1727), (True, (1, 96, 96), 1, 352),
+        (True, (5, 32, 32), None, 1156), (False, (5, 32, 32), None, 1522), (True, (5, 72, 72), None, 3664),
+        (False, (5, 72, 72), None, 4251)])
+    def test_what_a_gpu_is_asked_for_is_what_it_takes_and_some_more(self, encodes, size, pictures, peak):
+        """Peaks as measured on an H200 in float16, MB."""
+        config = cvvae.Config("v1", 4, (128, 256, 512, 512), 2)
+        told = engine.working_memory(config, encodes, size, pictures, torch.float16, torch.device("cuda"),
+                                     cvvae.Tiling(memory=None), 0)
+        assert peak * 10 ** 6 < told < 1.6 * peak * 10 ** 6
+
     def test_tiles_that_share_statistics_come_one_by_one(self):
         config = cvvae.Config("v1", 4, (128, 256, 512, 512), 2)
         tiles = make_plan(1, 72, 128, cvvae.Tiling(17, 576, 128)).tiles

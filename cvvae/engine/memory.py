@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import Config
 from ..frames import SPACE_FACTOR, frames_of
-from ..tiling import Tile, Tiling, make_plan, parse_memory
+from ..tiling import Tile, Tiling, equal_in_turn, make_plan, parse_memory
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,10 @@ LOWEST_STRIP = 2  # rows; where memory is short
 # Rows where strips are computed again on a GPU, which takes three times as long for two at a time; and of what memory.
 LOW_STRIP_AGAIN, SHARE_AGAIN = 4, 100
 SHARE_AGAIN_CPU = 250
-# Strips, with their borders, that are in flight while everything needed again is kept; not on the CPU.
+# Strips, with their borders, that are in flight while everything needed again is kept; and layers, where they are not cut.
+# Not on the CPU.
 SHALLOW_ENCODER, SHALLOW_DECODER = 4, 6
+UNCUT_ENCODER, UNCUT_DECODER = 2.5, 4
 # On the CPU, by "encodes" and "is a picture": some layers where they are small, else so many bytes and a share of a layer,
 # at most so many bytes, because strips are no larger.
 IN_FLIGHT_CPU = {(True, True): (4.0, 40 * 10 ** 6, 0.7, 160 * 10 ** 6),
@@ -91,8 +93,11 @@ class Footprint:
 
     def _peak_elsewhere(self, strip: int) -> int:
         rows = min(self.height, self._rows_of(strip, self._low()))
-        shallow = SHALLOW_ENCODER if self.encodes else SHALLOW_DECODER
-        return self.kept() + SCRATCH + shallow * (rows + 2) * self.row
+        if rows == self.height:
+            in_flight = UNCUT_ENCODER if self.encodes else UNCUT_DECODER
+        else:
+            in_flight = SHALLOW_ENCODER if self.encodes else SHALLOW_DECODER
+        return self.kept() + SCRATCH + int(in_flight * (rows + 2) * self.row)
 
     def least(self) -> int:
         """Bytes below which computing strips again would cost more than smaller tiles do.
@@ -185,7 +190,8 @@ def together(config: Config, encodes: bool, pictures: int, tiles: list[Tile], sh
         return memory is None or dataclasses.replace(one, frames=count).peak() + more <= memory
 
     # On the CPU one by one: more would not fit its caches.
-    most = 1 if device.type == "cpu" or shared else min(STILLS, pictures * len(tiles))
+    equal = max(map(len, equal_in_turn(tiles, STILLS)))
+    most = 1 if device.type == "cpu" or shared else min(STILLS, pictures * equal)
     at_once = next((count for count in range(most, 1, -1) if fits(count)), 1)
     at_once_of_each = at_once // min(pictures, at_once)
     kernels = folded() if pictures * len(tiles) > at_once or shared else 0  # else each is folded once anyway
