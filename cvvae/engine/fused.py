@@ -239,8 +239,8 @@ def _launch(kernel: triton.JITFunction, grid: tuple[int, int, int], *values: Ten
             **constants: int) -> None:
     """``kernel[grid](*values, **constants)``, but what Triton compiled once is launched without asking it again.
 
-    It takes 30 to 60 microseconds to find that out, longer than many of these kernels run.  It compiles anew for other
-    types and constants, and where a pointer becomes a multiple of 16, or a whole number that or 1, or ceases to be.
+    It takes 30 to 60 microseconds to find that out, longer than many of these kernels run.  Which variant fits depends
+    on types and constants, on pointers' being multiples of 16, and on whole numbers' being that, 1, or beyond 32 bits.
     """
     kinds = [("one" if value == 1 else (value % 16 == 0) + 2 * (value >> 31)) if value.__class__ is int
              else None if value.__class__ is float else (value.dtype, value.data_ptr() % 16) for value in values]
