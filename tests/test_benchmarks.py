@@ -154,6 +154,7 @@ class TestCommands:
         (found,) = json.loads((tmp_path / "memory.json").read_text())["measurements"]
         assert found["peak_bytes"] >= 0 and found["result_bytes"] == 4 * 3 * 5 * 16 * 16 and len(found["seconds"]) == 1
 
+    @pytest.mark.slow
     def test_what_comfyui_is_told_is_what_is_taken(self, tmp_path):
         memory.main(["--widths", "32", "32", "64", "64", "--cases", "17x128x128", "--variant", "v1", "--memory", "none",
                      "--device", "cpu", "--out", str(tmp_path)])
@@ -209,6 +210,7 @@ class TestTrainStep:
                                      "precisions": ["fp32"], "gans": ["none"], "keep_activations": False, "rounds": 1,
                                      "measure": ["time"]} | changed)
 
+    @pytest.mark.slow
     def test_time_and_memory_of_ours(self, tmp_path):
         train_step.main([*SMALL, "--cases", "5x16x16", "--precision", "fp32", "--gan", "none", "--settings", "plain",
                          "one_pass", "--rounds", "2", "--out", str(tmp_path)])

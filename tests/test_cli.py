@@ -215,6 +215,7 @@ class TestBuiltInModels:
         assert facts["steps"] == made_with.optim.steps == facts["training"]["optim"]["steps"]
         assert facts["validation"]["psnr"] > 24
 
+    @pytest.mark.slow
     def test_the_video_model_keeps_what_the_image_model_can(self):
         """On a clip kept out of training: within 1.5 dB of the image VAE, latents within 2 dB compatible."""
         from cvvae.training.data import load_clip

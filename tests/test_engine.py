@@ -130,7 +130,7 @@ class TestExecutors:
 class TestStrips:
     """Any height of strips and any room for them: the same numbers, and nothing held at the end."""
 
-    @pytest.mark.parametrize("limit", [None, 10 ** 6, 2 * 10 ** 5, 0])
+    @pytest.mark.parametrize("limit", [None, 10 ** 6, pytest.param(2 * 10 ** 5, marks=pytest.mark.slow), 0])
     def test_same_numbers(self, vae, limit):
         t, h, w = (2, 6, 3) if limit else (2, 3, 3)
         z, clip = latents_for(vae, t, h, w), video_clip(4 * t - 3, 8 * h, 8 * w)

@@ -224,7 +224,7 @@ class TestStreams:
     SPLITS = [[1] * 27, [27], [9, 8, 8, 2], [10, 17], [3, 1, 15, 8]]
     LATENT_SPLITS = [[1] * 8, [8], [3, 2, 2, 1], [4, 4], [1, 5, 2]]
 
-    @pytest.mark.parametrize("tiling", [None, CUT, Tiling(9, None)])
+    @pytest.mark.parametrize("tiling", [None, pytest.param(CUT, marks=pytest.mark.slow), Tiling(9, None)])
     def test_encode(self, tiling):
         vae = video_vae(tiling=tiling)
         clip = video_clip(27, 17, 24)
@@ -233,7 +233,7 @@ class TestStreams:
             streamed = torch.cat(list(vae.encode_stream(clip.split(split, dim=2))), dim=2)
             assert torch.equal(streamed, whole), split
 
-    @pytest.mark.parametrize("tiling", [None, CUT, Tiling(9, None)])
+    @pytest.mark.parametrize("tiling", [None, pytest.param(CUT, marks=pytest.mark.slow), Tiling(9, None)])
     def test_decode(self, tiling):
         vae = video_vae(tiling=tiling)
         latents = noise(1, 4, 8, 1, 3)

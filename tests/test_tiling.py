@@ -265,7 +265,8 @@ class TestCrossFade:
         assert len(levels) == 29
 
     @pytest.mark.parametrize("tiling", [Tiling(9, None, overlap_frames=5), Tiling(13, 24, 8, overlap_frames=5),
-                                        Tiling(17, None, overlap_frames=9), Tiling(9, 24, 8, statistics="window")])
+                                        Tiling(17, None, overlap_frames=9),
+                                        pytest.param(Tiling(9, 24, 8, statistics="window"), marks=pytest.mark.slow)])
     def test_streams_equal_the_whole(self, tiling):
         vae = VideoVAE(video_config("v1"))
         vae.tiling = tiling

@@ -64,6 +64,7 @@ def assert_rows_close(folder, log, tolerance):
                 assert float(found[name] or 0) == pytest.approx(float(value or 0), rel=tolerance, abs=1e-3), name
 
 
+@pytest.mark.slow
 class TestKill:
     def test_kill_9_loses_the_steps_since_the_last_save_and_nothing_else(self, folder):
         overrides = ["optim.steps=400", "run.save_every=2", "run.validate_every=1000", *ALL_TERMS]
@@ -110,6 +111,7 @@ class TestKill:
 
 
 class TestProcesses:
+    @pytest.mark.slow
     def test_two_processes_take_the_steps_of_one_with_twice_the_batch(self, folder):
         buckets = "data.buckets=[{{frames=1,height=16,width=16,batch={0}}},{{frames=5,height=16,width=16,batch={0}}}]"
         settings = ("optim.steps=5", *ALL_TERMS)

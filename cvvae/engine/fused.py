@@ -305,7 +305,7 @@ def try_out(device: torch.device) -> None:
     _run_all(device)
     try:
         _run_all(device)
-    except TypeError:  # Triton's launchers took other values until 3.3
+    except (TypeError, AttributeError):  # Triton's launchers took other values until 3.3, and may again
         _short = False
 
 

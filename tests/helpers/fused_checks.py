@@ -163,11 +163,12 @@ class TestLaunches:
         self.launch(kernel, torch.zeros(8), 32, size=2)
         assert kernel.asked == 2
 
-    def test_where_triton_takes_other_values(self, kernel, monkeypatch):
+    @pytest.mark.parametrize("error", [TypeError("function takes exactly 9 arguments (10 given)"), AttributeError("run")])
+    def test_where_triton_takes_other_values(self, error, kernel, monkeypatch):
         """Its older launchers do; then every launch goes through Triton."""
         def run_all(device):
             if fused._compiled:
-                raise TypeError("function takes exactly 9 arguments (10 given)")
+                raise error
             self.launch(kernel, torch.zeros(8), 32)
 
         monkeypatch.setattr(fused, "_run_all", run_all)

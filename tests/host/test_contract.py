@@ -10,7 +10,7 @@ from host_checks import names_of_checks, run_checks
 FOLDER = Path(__file__).parent
 SCRIPTS = ("contract", "contract_training", "contract_latents", "contract_weights", "contract_native", "contract_samplers",
            "contract_adaptation")
-QUICK = ("contract", "contract_weights", "contract_samplers")
+QUICK = ("contract",)
 CHECKS = [pytest.param(script, name, marks=() if script in QUICK else pytest.mark.slow)
           for script in SCRIPTS for name in names_of_checks(FOLDER / f"{script}.py")]
 
