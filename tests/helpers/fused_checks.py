@@ -219,3 +219,16 @@ def test_engine(variant, frames, side, memory, monkeypatch):
         assert distance(vae.encode(clip).mean, latents) < 1e-4
     if frames > 1 or not STEP_BY_STEP:
         assert distance(vae.decode(latents), decoded) < 1e-4
+
+
+def test_engine_with_statistics_of_all_tiles(monkeypatch):
+    """Then a norm's factors do not come from its own moments, nor a bias with them."""
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    vae, picture = video_vae("sd3", tiling=cvvae.Tiling(None, 16, 8, statistics="window")).to(DEVICE), video_clip(1, 16, 24)
+    monkeypatch.setattr(engine, "passes_for", lambda x, compiled: passes.ELSEWHERE if x.is_cuda else passes.EAGER)
+    latents = vae.encode(picture).mean
+    decoded = vae.decode(latents)
+    monkeypatch.setattr(engine, "passes_for", lambda x, compiled: fused.FUSED)
+    assert distance(vae.encode(picture).mean, latents) < 1e-4
+    assert distance(vae.decode(latents), decoded) < 1e-4
