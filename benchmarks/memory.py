@@ -7,6 +7,7 @@ makes of a memory budget; and what the nodes tell ComfyUI that it will take.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -58,7 +59,7 @@ def estimate(name: str, case: Case, options: argparse.Namespace, budget: int | s
     made = 0 if encodes else 3 * case.batch * case.frames * case.height * case.width * dtype.itemsize
     with torch.device("meta"):
         vae = cvvae.VideoVAE(config(case.variant, options.widths))
-    folded = engine.folded_bytes(vae.encoder if encodes else vae.decoder, dtype)
+    folded = partial(engine.folded_bytes, vae.encoder if encodes else vae.decoder, dtype)
     return made + engine.working_memory(vae.config, encodes, size, pictures_of("video", case.batch, size[0]), dtype,
                                         torch.device(options.device), cvvae.Tiling(memory=budget), folded)
 

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import logging
 import traceback
+from functools import partial
 
 import comfy.latent_formats
 import comfy.model_management
@@ -272,7 +273,7 @@ class NativeVAE(comfy.sd.VAE):
     def _bytes(self, network: torch.nn.Module, size: tuple[int, int, int], pictures: int | None, dtype: torch.dtype,
                tiling: Tiling) -> int:
         return engine.working_memory(self.model.config, network is self.model.encoder, size, pictures, dtype, self.device,
-                                     tiling, engine.folded_bytes(network, dtype))
+                                     tiling, partial(engine.folded_bytes, network, dtype))
 
 
 # -- training ----------------------------------------------------------------------------------------

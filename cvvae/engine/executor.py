@@ -123,6 +123,7 @@ class Executor:
         return attended
 
     def _along_time(self, attention: SpatialAttention, spatial: Tensor) -> Tensor:
+        """What frames gave, [T, C, h, w], on its way to the residual sum."""
         if not self.stills or not isinstance(attention, TemporalAttention):
             return attention.along_time(spatial.transpose(0, 1)[None])[0].transpose(0, 1)
         # A still sees no other frame: of what its positions ask and offer nothing but their values counts.
@@ -276,7 +277,7 @@ class Executor:
 
     def _layer(self, shape: tuple[int, int, int, int], compute: Compute | None, like: Tensor,
                channels: int = 0, most: float = math.inf, measured: bool = True) -> Activation:
-        """channels: that are read.  most: rows of a strip."""
+        """channels: that are read.  most: rows of a strip.  measured: for a norm that reads it."""
         rows = self.strip_rows(shape[0], shape[3], max(channels, shape[1]))
         return Activation(shape, min(rows, most), compute, like, self.passes.moments(self.stills) if measured else None)
 

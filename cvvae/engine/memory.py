@@ -32,9 +32,10 @@ STRIP_BYTES_ELSEWHERE = 256 * 10 ** 6
 LOW_STRIP = 8  # rows; in lower ones the rows that neighbours share cost too much
 LOW_STRIP_PICTURE = 4  # rows; as many as Winograd's method makes at once
 LOWEST_STRIP = 2  # rows; where memory is short
-# Rows where strips are computed again on a GPU, which takes three times as long for two at a time; and of what memory.
-LOW_STRIP_AGAIN, SHARE_AGAIN = 4, 100
-SHARE_AGAIN_CPU = 250
+# Where strips are computed again each takes such a part of the memory, and on a GPU no fewer rows than so many if that
+# can be: strips of two rows took it three times as long.
+SHARE_AGAIN, SHARE_AGAIN_CPU = 100, 250
+LOW_STRIP_AGAIN = 4
 # Strips, with their borders, that are in flight while everything needed again is kept; and layers, where they are not cut.
 # Not on the CPU.
 SHALLOW_ENCODER, SHALLOW_DECODER = 4, 6
@@ -205,11 +206,11 @@ def folded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
 
 
 def working_memory(config: Config, encodes: bool, size: tuple[int, int, int], pictures: int | None, dtype: torch.dtype,
-                   device: torch.device, tiling: Tiling, folded: int) -> int:
+                   device: torch.device, tiling: Tiling, folded: Callable[[], int]) -> int:
     """Bytes on ``device`` beside weights and result, to encode or decode ``size`` = t, h, w latents as ``tiling`` says.
 
     One tile's activations, beside one window's frames; or of so many independent ``pictures`` what is computed together,
-    and ``folded`` bytes of kernels where these are kept.
+    and the bytes ``folded`` gives, of all folded kernels, where these are kept.
     """
     t, h, w = size
     memory = parse_memory(tiling.memory)
@@ -220,7 +221,7 @@ def working_memory(config: Config, encodes: bool, size: tuple[int, int, int], pi
     tile = footprint(config, encodes, (frames, len(tiles[0].rows), len(tiles[0].cols)), dtype, device)
     if pictures:
         shared = plan.passes(tiling.statistics) > 1
-        pictures, at_once, kept = together(config, encodes, pictures, tiles, shared, dtype, device, limit, lambda: folded)
+        pictures, at_once, kept = together(config, encodes, pictures, tiles, shared, dtype, device, limit, folded)
         peak = dataclasses.replace(tile, frames=pictures * at_once).peak() + kept
     else:
         pictures, peak = frames_of(frames), tile.peak()
