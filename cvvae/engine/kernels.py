@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import arena, products
 from .passes import Shares
-from .winograd import COLUMNS, ROWS, TIME, Product, doubled, doubled_by_pairs, filtered, halved, halves
+from .winograd import COLUMNS, ROWS, TIME, Product, doubled, doubled_by_pairs, filtered, halved
 
 FEW = 4  # frames that the libraries convolve at a time: what they give stays in the caches, and little of it in the heap
 # Values that queries make with keys at a time: on the CPU, elsewhere, and where they are kept in float32 in between.
@@ -65,7 +65,14 @@ def for_stills(weight: Tensor, time_mode: str, front: int) -> Tensor:
     """
     if weight.shape[2] == 1:
         return weight
-    return weight.sum(2, keepdim=True) if time_mode == "replicate" else weight[:, :, front:front + 1]
+    if time_mode != "replicate":
+        return weight[:, :, front:front + 1]
+    out = None
+    if weight.device.type == "cuda":
+        # Where `prepared` would copy it to: that many kernels launched less.
+        out = torch.empty((*weight.shape[:2], 1, *weight.shape[3:]), dtype=weight.dtype, device=weight.device,
+                          memory_format=torch.channels_last_3d)
+    return torch.sum(weight, 2, keepdim=True, out=out)
 
 
 def prepared(weight: Tensor) -> Tensor:
@@ -82,10 +89,11 @@ def phases(weight: Tensor) -> Tensor:
     one's, the first of the lower right one's, and so on.  A 2x2 kernel over the small picture makes them all, in turn
     (row, column) as channels.
     """
-    for axis in (-1, -2):
-        even, odd = halves(weight, axis)
-        weight = torch.stack([odd, even])
-    return weight.flatten(0, 2)
+    # Sums of two neighbouring taps, beyond the kernel's edge 0: along an axis [first], [first + middle], [middle + last],
+    # [last]; even outputs see the first and the third, odd ones, which come first, the others.
+    sums = F.avg_pool2d(weight.flatten(1, 2), 2, 1, padding=1, divisor_override=1)
+    by_phase = sums.unflatten(3, (2, 2)).unflatten(2, (2, 2)).flip(3, 5).permute(3, 5, 0, 1, 2, 4)
+    return by_phase.flatten(0, 2).unflatten(1, weight.shape[1:3])
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1)) -> Tensor:
