@@ -147,7 +147,7 @@ class Executor:
         kernel, bias, border = self._kernel(conv, border, x.like)
         affine = None if norm is None else self._affine(norm, x)
         frames, channels, height, width = x.shape
-        own = bias if missing is None else bias.float() + missing.float()
+        own = bias if missing is None else bias.float() + missing
         if bare := bare and self.passes.late_bias and self.statistics is None:
             own = None
 

@@ -293,7 +293,7 @@ class FusedMoments(Moments):
         missing = bias if self.missing is None else self.missing
         _launch(_affine, (frames, groups, 1), entries, weight, bias, missing, made, count, channels, eps, size,
                 MISSING=self.missing is not None, SIZE=triton.next_power_of_2(size), PARTS=PARTS, num_warps=WARPS)
-        return made[0], made[1]
+        return made.unbind()
 
 
 FUSED = Passes(bordered, add, interleaved, FusedMoments, shares, late_bias=True)
