@@ -28,10 +28,6 @@ FOURS_FROM = 128
 # three from twice that, unless channels are many: there it takes a fourteenth to an eleventh off 9x256x256.
 ROWS_FROM, COLUMNS_FROM, LARGE = 128, 256, 64
 
-# What a CPU's libraries do best.  With AVX-512 that is oneDNN's convolution of float32 with channels first, twice as
-# fast as MKL's matrix product on AMD's; with AVX2 both are equally fast, and products are more exact.
-BY_PRODUCTS = torch.backends.cpu.get_cpu_capability() != "AVX512"
-
 # PyTorch 2.9 and 2.10 with cuDNN 9.10.2 to 9.14 run half-precision convolutions over time by kernels of their own, which
 # take many times the memory, unless cuDNN is asked for by name.  ComfyUI asks too (comfy/ops.py).
 ASKS_CUDNN = (torch.version.cuda is not None and torch.__version__.split(".")[:2] in (["2", "9"], ["2", "10"])
@@ -42,14 +38,8 @@ WIDE_PRODUCTS = torch.version.cuda is not None and tuple(map(int, torch.__versio
 
 
 def empty(like: Tensor, frames: int, channels: int, height: int, width: int) -> Tensor:
-    """Room for an activation, in the layout in which its device computes best.
-
-    Channels come last, but with AVX-512 on the CPU: there oneDNN's convolution of that layout is a quarter faster,
-    but sums all products of an output in one chain, which costs half a digit at every layer.
-    """
-    channels_first = like.device.type == "cpu" and not BY_PRODUCTS
-    layout = torch.contiguous_format if channels_first else torch.channels_last
-    return arena.empty(like, (frames, channels, height, width), layout)
+    """Room for an activation, channels last."""
+    return arena.empty(like, (frames, channels, height, width), torch.channels_last)
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -79,7 +69,7 @@ def prepared(weight: Tensor) -> Tensor:
     """A layer's kernel, laid out as :func:`convolve` reads it best."""
     if weight.device.type == "cuda":
         return weight.contiguous(memory_format=torch.channels_last_3d)
-    return products.packed(weight) if BY_PRODUCTS and _by_tap(weight) else weight
+    return products.packed(weight) if _by_tap(weight) else weight
 
 
 def phases(weight: Tensor) -> Tensor:
@@ -122,20 +112,12 @@ def convolve_upsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Computed over the small picture, of which one pixel on each side is border.
     """
     along_rows = doubled if _by_tap(weight) else halved
-    along_columns = doubled_by_pairs if _by_tap(weight) and BY_PRODUCTS else halved
+    along_columns = doubled_by_pairs if _by_tap(weight) else halved
 
     def columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return along_columns(x, weight, bias, COLUMNS, convolve)
 
     return along_rows(x, weight, bias, ROWS, columns)
-
-
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix product."""
-    if not _float32_on_cpu(a) or BY_PRODUCTS:
-        return a @ b
-    # As a 1x1 convolution, which oneDNN runs twice as fast as MKL multiplies matrices.
-    return F.conv1d(b[None], a[..., None])[0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, shares: Shares | None = None) -> Tensor:
@@ -149,7 +131,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, shares: Shares | None = None) -> Ten
     rows = max(1, scores // (k[0, 0].numel() * q.shape[3]))
     out = torch.empty_like(q)
     for frame in range(q.shape[0]):
-        keys, values = k[frame].flatten(1), v[frame].flatten(1)
+        keys, values = k[frame].flatten(1), v[frame].flatten(1).contiguous()
         for start in range(0, q.shape[2], rows):
             queries = q[frame, :, start:start + rows].flatten(1)
             out[frame, :, start:start + rows] = _attend(queries, keys, values).unflatten(1, (-1, q.shape[3]))
@@ -162,8 +144,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Memory-efficient kernels want the channels of a position together.
         q, k, v = (x.t().contiguous()[None, None] for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v)[0, 0].t()
-    shares = multiply(k.t() * k.shape[0] ** -0.5, q).softmax(0)
-    return multiply(v, shares)
+    shares = products.multiply(q.t() * q.shape[0] ** -0.5, k).softmax(1)
+    return products.multiply(shares, v.t()).t()
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, shares: Shares) -> Tensor:
@@ -223,7 +205,7 @@ def _convolve_behind_time(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 def _convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _has(weight, ROWS_FROM) or x.shape[3] <= LARGE:
         return _direct(x, weight, bias)
-    by_columns = BY_PRODUCTS and _has(weight, COLUMNS_FROM) and x.shape[3] > 2 * LARGE
+    by_columns = _has(weight, COLUMNS_FROM) and x.shape[3] > 2 * LARGE
     return _convolve_rows(x, weight, bias, _convolve_columns if by_columns else _direct)
 
 
@@ -252,9 +234,10 @@ def _convolve_stacked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _direct(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
-    if BY_PRODUCTS and weight.shape[0] >= WIDE:
+    if weight.shape[0] >= WIDE and not products.BY_CONVOLUTION:
         return products.convolve(x, weight, bias, stride)
-    return _few_at_a_time(x.shape[0], lambda start, stop: F.conv2d(x[start:stop], weight, bias, stride))
+    way = products.convolve_in_chains if weight.shape[0] >= WIDE else F.conv2d
+    return _few_at_a_time(x.shape[0], lambda start, stop: way(x[start:stop], weight, bias, stride))
 
 
 def _few_at_a_time(frames: int, compute: Callable[[int, int], Tensor]) -> Tensor:

@@ -1,18 +1,24 @@
-"""Convolutions as matrix products, for CPUs whose libraries multiply matrices as fast as they convolve.
+"""Convolutions as matrix products, by what multiplies fastest on a CPU.
 
 With channels last the pixels of a picture are the rows of a matrix, and so are they from any later pixel on: the
 picture shifted by a tap's place.  A convolution is the sum of such products, one for each tap of the kernel.
 
-Matrix products are summed in blocks.  Convolutions of float32 without AVX-512 add all products of an output in one
-chain, which costs 3 to 5 times the rounding error.
+MKL's matrix products are summed in blocks.  oneDNN's convolutions of this layout add all products of an output in one
+chain, which costs 3 to 5 times the rounding error where that is a whole kernel's.  With AVX-512 they are more than
+twice as fast, so there they take a few taps of a kernel at a time.
 """
 
 from itertools import product
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .arena import empty
+
+# oneDNN's; without AVX-512 both are equally fast.
+BY_CONVOLUTION = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+CHAIN = 256  # products that one of these adds up, or as many as there are channels
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -48,3 +54,24 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) ->
             torch.addmm(bias, seen, tap, out=made)
     out = out.unflatten(1, (rows, made_columns))[:, :, :columns]
     return out.reshape(x.shape[0], -1, columns, weight.shape[0]).permute(0, 3, 1, 2)
+
+
+def convolve_in_chains(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    """The same by convolutions with parts of the kernel, all frames at once."""
+    channels, rows, columns = weight.shape[1:]
+    height, width = ((side - taps) // stride * stride + 1 for side, taps in zip(x.shape[2:], (rows, columns), strict=True))
+    together = max(1, CHAIN // channels)
+    out = None
+    for i, j in product(range(rows), range(0, columns, together)):
+        part = weight[:, :, i:i + 1, j:j + together]
+        made = F.conv2d(x[:, :, i:i + height, j:j + width + part.shape[3] - 1], part, None if i or j else bias, stride)
+        out = out.add_(made) if i or j else made
+    return out
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product."""
+    if not BY_CONVOLUTION or a.dtype != torch.float32:
+        return a @ b
+    pixels = a[None, None].movedim(3, 1)
+    return F.conv2d(pixels, b.t()[:, :, None, None])[0, :, 0].t()
