@@ -131,7 +131,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, shares: Shares | None = None) -> Ten
     rows = max(1, scores // (k[0, 0].numel() * q.shape[3]))
     out = torch.empty_like(q)
     for frame in range(q.shape[0]):
-        keys, values = k[frame].flatten(1), v[frame].flatten(1).contiguous()
+        keys, values = k[frame].flatten(1), v[frame].flatten(1).contiguous()  # once for all queries
         for start in range(0, q.shape[2], rows):
             queries = q[frame, :, start:start + rows].flatten(1)
             out[frame, :, start:start + rows] = _attend(queries, keys, values).unflatten(1, (-1, q.shape[3]))
