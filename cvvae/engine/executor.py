@@ -12,6 +12,7 @@ It walks the same modules in the same order and differs in how each layer is com
 import math
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from ..model import Decoder, Downsample, Encoder, Padding, ResnetBlock, SpatialAttention, TemporalAttention, Upsample
@@ -114,7 +115,7 @@ class Executor:
     def _attended(self, attention: SpatialAttention, x: Activation) -> Activation:
         """Whole frames at once: this is the smallest layer, and each position looks at all others."""
         whole = x.rows(0, x.shape[2])
-        h = kernels.laid_out(attention.norm(whole))
+        h = attention.norm(whole).contiguous(memory_format=torch.channels_last)
         q, k, v = (self._pointwise(layer, h) for layer in (attention.q, attention.k, attention.v))
         spatial = self._pointwise(attention.proj_out, kernels.attend(q, k, v, self.passes.shares))
         out = whole + self._along_time(attention, spatial)

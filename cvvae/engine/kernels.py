@@ -42,11 +42,6 @@ def empty(like: Tensor, frames: int, channels: int, height: int, width: int) -> 
     return arena.empty(like, (frames, channels, height, width), torch.channels_last)
 
 
-def laid_out(x: Tensor) -> Tensor:
-    """``x`` as the kernels of its device like it best; on the CPU as it is."""
-    return x if x.device.type == "cpu" else x.contiguous(memory_format=torch.channels_last)
-
-
 def for_stills(weight: Tensor, time_mode: str, front: int) -> Tensor:
     """[K, C, 3, kh, kw] -> [K, C, 1, kh, kw]: what is left of a kernel when the clip is one frame.
 
@@ -234,9 +229,12 @@ def _convolve_stacked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _direct(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
-    if weight.shape[0] >= WIDE and not products.BY_CONVOLUTION:
+    if weight.shape[0] < WIDE:
+        way = F.conv2d
+    elif products.BY_CONVOLUTION:
+        way = products.convolve_in_chains
+    else:
         return products.convolve(x, weight, bias, stride)
-    way = products.convolve_in_chains if weight.shape[0] >= WIDE else F.conv2d
     return _few_at_a_time(x.shape[0], lambda start, stop: way(x[start:stop], weight, bias, stride))
 
 

@@ -70,8 +70,8 @@ def convolve_in_chains(x: Tensor, weight: Tensor, bias: Tensor | None, stride: i
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix product."""
-    if not BY_CONVOLUTION or a.dtype != torch.float32:
+    """Matrix product, float32."""
+    if not BY_CONVOLUTION:
         return a @ b
     pixels = a[None, None].movedim(3, 1)
     return F.conv2d(pixels, b.t()[:, :, None, None])[0, :, 0].t()
