@@ -12,6 +12,7 @@ from torch import nn
 import cvvae
 from cvvae import engine
 from cvvae.engine import kernels, passes, products, winograd
+from cvvae.engine.activation import Activation
 from cvvae.engine.arena import Arena, empty, scratch
 from cvvae.engine.executor import Executor
 from cvvae.engine.store import Store
@@ -150,6 +151,19 @@ class TestStrips:
         free = Executor(lambda *_: 4, check=lambda: unlimited.append(free.store.held))
         free.decode(vae.decoder, z)
         assert max(held) <= limit < max(unlimited)
+
+    def test_rows_that_are_made_together_are_made_once(self):
+        made = []
+
+        def compute(start, stop, moments):
+            made.append((start, stop))
+            return torch.arange(start, stop).float()[None, None, :, None]
+
+        layer = Activation((1, 1, 10, 1), 3, compute, torch.empty(0), None, step=2)
+        assert layer.strip == 4
+        for start, stop in ((0, 3), (3, 7), (5, 10)):
+            assert layer.rows(start, stop).flatten().tolist() == list(range(start, stop))
+        assert made == [(0, 4), (4, 8), (8, 10)]
 
     def test_cancel_stops_within_a_window(self, vae):
         calls = []

@@ -51,20 +51,22 @@ class Statistics:
 class Activation:
     """One layer's output [T, C, H, W].
 
-    strip: rows of a strip; the last one may be lower.
+    strip: rows of a strip, or so many that ``step`` divides them; the last one may be lower.
     compute: (first row, row behind the last, what measures them or None) -> [T, C, rows, W]; None where all is kept from
         the start.
     like: a tensor of its dtype and device.
     moments: what its strips are measured with; None where no norm reads it.
+    step: rows that are made together: ``compute`` is asked for as many, or some times as many.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], strip: int, compute: Compute | None, like: Tensor,
-                 moments: Moments | None):
+                 moments: Moments | None, step: int = 1):
         self.shape = shape
-        self.strip = strip
+        self.strip = strip = -(-strip // step) * step
         self.compute = compute
         self.like = like.new_empty(0)
         self.moments = moments
+        self.step = step
         self.kept: list[Tensor | None] = [None] * -(-shape[2] // strip)
         # What was computed last without being kept: the next strip's kernels look back at it.
         self.recent: list[tuple[int, Tensor]] = []
@@ -83,9 +85,11 @@ class Activation:
                 end, below = min(stop, row + self.strip), (row // self.strip + 1) * self.strip
                 if below < end and self.kept[below // self.strip] is not None:
                     end = below
-                piece = self.compute(row, end, moments)
-                self.recent.append((row, piece))
-                self._forget(row + piece.shape[2])
+                first, last = row // self.step * self.step, -(-end // self.step) * self.step
+                made = self.compute(first, last, moments)
+                self.recent.append((first, made))
+                self._forget(last)
+                piece = made[:, :, row - first:stop - first]
             yield row, piece
             row += piece.shape[2]
 

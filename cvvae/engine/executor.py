@@ -194,27 +194,26 @@ class Executor:
         phases = self.passes.interleaved and [kernels.prepared(kernels.phases(part)) for part, *_ in parts]
 
         def compute(start: int, stop: int, moments: Moments | None) -> Tensor:
-            low, high = start // 2, -(-stop // 2)
-            rows = self._bordered(x, low - 1, high + 1, border)
+            rows = self._bordered(x, start // 2 - 1, stop // 2 + 1, border)
             if phases:
                 out = kernels.empty(rows, frames, channels, stop - start, 2 * width)
                 for (_, part_bias, offset, place), part in zip(parts, phases, strict=True):
                     made = kernels.convolve(rows[offset:], part, None)
-                    self.passes.interleaved(made, part_bias, start - 2 * low, out[place])
+                    self.passes.interleaved(made, part_bias, out[place])
             else:
                 made = [kernels.convolve_upsampled(rows[offset:], part, part_bias) for part, part_bias, offset, _ in parts]
                 if len(made) == 1:
                     out = made[0]
                 else:
-                    out = kernels.empty(rows, frames, channels, 2 * (high - low), 2 * width)
+                    out = kernels.empty(rows, frames, channels, stop - start, 2 * width)
                     for piece, (*_, place) in zip(made, parts, strict=True):
                         out[place] = piece
-                out = out[:, :, start - 2 * low:stop - 2 * low]
             if moments is not None:
                 moments.add(out)
             return out
 
-        return self._layer((frames, channels, 2 * height, 2 * width), compute, x.like)
+        # Neighbouring rows are made of the same ones: a request for one brings both.
+        return self._layer((frames, channels, 2 * height, 2 * width), compute, x.like, step=2)
 
     def _pointwise(self, conv: nn.Module, x: Tensor) -> Tensor:
         weight, bias = self.weights(conv, x)
@@ -277,10 +276,11 @@ class Executor:
     # -- activations ---------------------------------------------------------------------------------
 
     def _layer(self, shape: tuple[int, int, int, int], compute: Compute | None, like: Tensor,
-               channels: int = 0, most: float = math.inf, measured: bool = True) -> Activation:
-        """channels: that are read.  most: rows of a strip.  measured: for a norm that reads it."""
+               channels: int = 0, most: float = math.inf, measured: bool = True, step: int = 1) -> Activation:
+        """channels: that are read.  most: rows of a strip.  measured: for a norm that reads it.  step: of its rows."""
         rows = self.strip_rows(shape[0], shape[3], max(channels, shape[1]))
-        return Activation(shape, min(rows, most), compute, like, self.passes.moments(self.stills) if measured else None)
+        moments = self.passes.moments(self.stills) if measured else None
+        return Activation(shape, min(rows, most), compute, like, moments, step)
 
     def _input(self, x: Tensor) -> Activation:
         """[1, C, T, H, W], all there from the start."""

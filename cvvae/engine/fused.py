@@ -62,14 +62,14 @@ def _bordered(x, out, scale, shift, frames, height, width, channels, x_frame, x_
 
 @triton.jit(do_not_specialize=["rows", "width", "first"])
 def _interleaved(made, bias, out, rows, width, channels, made_frame, made_channel, made_row, made_column,
-                 out_frame, out_channel, out_row, out_column, first, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
+                 out_frame, out_channel, out_row, out_column, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
     """A part of one row of ``out``, each pixel from its phase of ``made``, and bias."""
     line = tl.program_id(0)
     frame, row = (line // rows).to(tl.int64), (line % rows).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     inside = (column < width)[:, None] & (channel < channels)[None]
-    row_there, column_there = row + first + 1, column + 1
+    row_there, column_there = row + 1, column + 1
     phase = 2 * (row_there % 2) + column_there % 2
     seen = made + frame * made_frame + (row_there // 2) * made_row + (column_there // 2)[:, None] * made_column
     value = tl.load(seen + (phase[:, None] * channels + channel[None]) * made_channel, inside, other=0).to(tl.float32)
@@ -221,9 +221,9 @@ def add(x: Tensor, y: Tensor | None, bias: Tensor | None, moments: "FusedMoments
         CHANNELS=CHANNELS, num_warps=WARPS)
 
 
-def interleaved(made: Tensor, bias: Tensor, first: int, out: Tensor) -> None:
+def interleaved(made: Tensor, bias: Tensor, out: Tensor) -> None:
     """See :class:`.passes.Passes`."""
-    _launch(_interleaved, _grid(out), made, bias, out, *out.shape[2:], out.shape[1], *made.stride(), *out.stride(), first,
+    _launch(_interleaved, _grid(out), made, bias, out, *out.shape[2:], out.shape[1], *made.stride(), *out.stride(),
             COLUMNS=COLUMNS, CHANNELS=CHANNELS, num_warps=WARPS)
 
 
@@ -315,5 +315,5 @@ def _run_all(device: torch.device) -> None:
     add(x, x, bias, moments)
     affine = moments.affine(bias, bias, 1, 1.0)
     bordered([(0, x)], 0, 1, 1, Border((0, 0), "zeros"), affine, x.clone())
-    interleaved(x.new_zeros(1, 4, 2, 2), bias, 0, x.new_empty(1, 1, 2, 2))
+    interleaved(x.new_zeros(1, 4, 2, 2), bias, x.new_empty(1, 1, 2, 2))
     shares(x[0, 0], 1, 1.0, x.dtype)

@@ -89,8 +89,8 @@ class Passes(NamedTuple):
     where there is an ``affine``.  pieces: its rows, in order, as (first row, [T, C, rows, W]).
 
     add: (x, y, bias, moments) adds y and bias, where there are, to x, and measures it where there are moments.
-    interleaved: (made, bias, first, out) writes the rows from ``first`` on of the picture twice as large whose pixels are
-    ``made`` [T, 4K, H + 1, W + 1], see kernels.phases.  None: up-sampling takes another way.
+    interleaved: (made, bias, out) writes the picture twice as large whose pixels are ``made`` [T, 4K, H + 1, W + 1], see
+    kernels.phases.  None: up-sampling takes another way.
     moments: by frame or not -> what measures an activation.
     shares: (scores, keys, factor, dtype) -> exp(factor * scores), by row as shares of its largest, of ``dtype``, and their
     sum, float32.  scores: [..., K] float32, of which the first ``keys`` count.  None: attention takes another way.
@@ -99,7 +99,7 @@ class Passes(NamedTuple):
 
     bordered: Callable[[Iterable[tuple[int, Tensor]], int, int, int, Border, tuple[Tensor, Tensor] | None, Tensor], None]
     add: Callable[[Tensor, Tensor | None, Tensor | None, Moments | None], None]
-    interleaved: Callable[[Tensor, Tensor, int, Tensor], None] | None
+    interleaved: Callable[[Tensor, Tensor, Tensor], None] | None
     moments: Callable[[bool], Moments]
     shares: Shares | None
     late_bias: bool
@@ -143,14 +143,14 @@ def _add(x: Tensor, y: Tensor | None, bias: Tensor | None, moments: Moments | No
         moments.add(x)
 
 
-def interleaved(made: Tensor, bias: Tensor, first: int, out: Tensor) -> None:
+def interleaved(made: Tensor, bias: Tensor, out: Tensor) -> None:
     """See :class:`Passes`."""
-    frames, channels, rows, columns = out.shape
+    frames, channels = out.shape[:2]
     whole = empty(made, (frames, channels, 2 * made.shape[2], 2 * made.shape[3]), torch.channels_last)
     places = whole.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
     phases = made.permute(0, 2, 3, 1).unflatten(3, (2, 2, channels)).permute(0, 1, 3, 2, 4, 5)
     torch.add(phases, bias, out=places)
-    out.copy_(whole[:, :, first + 1:first + 1 + rows, 1:1 + columns])
+    out.copy_(whole[:, :, 1:-1, 1:-1])
 
 
 def activate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:

@@ -109,15 +109,14 @@ def test_adding_without_measuring():
 
 
 @pytest.mark.parametrize("made", [passes.interleaved, fused.interleaved], ids=["torch", "fused"])
-@pytest.mark.parametrize("first, rows", [(0, 10), (1, 4)])
-def test_phases_are_nearest_then_convolution(first, rows, made):
+def test_phases_are_nearest_then_convolution(made):
     x, weight, bias = laid_out(2, 6, 5, 4), noise(17, 6, 1, 3, 3).to(DEVICE), noise(17, seed=1).to(DEVICE)
     large = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
     expected = nn.functional.conv2d(nn.functional.pad(large, (1, 1, 1, 1)), weight[:, :, 0], bias)
     phases = nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1)), kernels.phases(weight)[:, :, 0])
-    out = empty(2, 17, rows, 8)
-    made(phases, bias, first, out)
-    assert torch.allclose(out, expected[:, :, first:first + rows], atol=1e-5)
+    out = empty(2, 17, 10, 8)
+    made(phases, bias, out)
+    assert torch.allclose(out, expected, atol=1e-5)
 
 
 class TestLaunches:
