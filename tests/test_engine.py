@@ -322,6 +322,12 @@ class TestKernels:
         found = kernels._convolve_by_cudnn(x, weight, bias, (2, 1, 2))
         assert torch.allclose(found, nn.functional.conv3d(x, weight, bias, (2, 1, 2)), atol=1e-5)
 
+    def test_packed_is_the_kernel(self):
+        weight = noise(80, 5, 3, 2, 2)
+        found = products.packed(weight[:, :, 1:])
+        assert torch.equal(found, weight[:, :, 1:])
+        assert all(tap.is_contiguous() for tap in found.flatten(2).unbind(2))
+
     def test_stills_see_one_frame(self):
         weight = noise(2, 3, 3, 1, 1)
         assert torch.equal(kernels.for_stills(weight, "replicate", 2), weight.sum(2, keepdim=True))

@@ -18,12 +18,17 @@ from .arena import empty
 
 # oneDNN's; without AVX-512 both are equally fast.
 BY_CONVOLUTION = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+PACKED = 32  # output channels that are laid out anew at a time
 CHAIN = 256  # products that one of these adds up, or as many as there are channels
 
 
 def packed(weight: Tensor) -> Tensor:
     """The same kernel [K, C, kt, kh, kw], each tap a matrix that lies together in memory."""
-    return weight.permute(2, 3, 4, 0, 1).contiguous().permute(3, 4, 0, 1, 2)
+    out = weight.new_empty(*weight.shape[2:], *weight.shape[:2])
+    # A copy walks its source once for each tap: by parts that stay in the caches meanwhile.
+    for made, part in zip(out.split(PACKED, 3), weight.split(PACKED), strict=True):
+        made.copy_(part.permute(2, 3, 4, 0, 1))
+    return out.permute(3, 4, 0, 1, 2)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
