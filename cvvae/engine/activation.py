@@ -86,10 +86,9 @@ class Activation:
                 if below < end and self.kept[below // self.strip] is not None:
                     end = below
                 first, last = row // self.step * self.step, -(-end // self.step) * self.step
-                made = self.compute(first, last, moments)
-                self.recent.append((first, made))
+                self.recent.append((first, self.compute(first, last, moments)))
                 self._forget(last)
-                piece = made[:, :, row - first:stop - first]
+                piece = self._at_hand(row, stop)
             yield row, piece
             row += piece.shape[2]
 

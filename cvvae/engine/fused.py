@@ -60,7 +60,7 @@ def _bordered(x, out, scale, shift, frames, height, width, channels, x_frame, x_
     tl.store(place, value.to(out.dtype.element_ty), (column < columns_out)[:, None] & (channel < channels)[None])
 
 
-@triton.jit(do_not_specialize=["rows", "width", "first"])
+@triton.jit(do_not_specialize=["rows", "width"])
 def _interleaved(made, bias, out, rows, width, channels, made_frame, made_channel, made_row, made_column,
                  out_frame, out_channel, out_row, out_column, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
     """A part of one row of ``out``, each pixel from its phase of ``made``, and bias."""

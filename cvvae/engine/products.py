@@ -18,8 +18,8 @@ from .arena import empty
 
 # oneDNN's; without AVX-512 both are equally fast.
 BY_CONVOLUTION = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-PACKED = 32  # output channels that are laid out anew at a time
 CHAIN = 256  # products that one of these adds up, or as many as there are channels
+PACKED = 32  # output channels that are laid out anew at a time
 
 
 def packed(weight: Tensor) -> Tensor:
